@@ -1,0 +1,284 @@
+"""`burnish chat`: a conversation in a terminal or through a pipe."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from burnish.cli.output import stderr, to_plain
+from burnish.compress.config import QuantizeConfig
+from burnish.data.rows import Row
+from burnish.data.templates import Template, pick_template
+from burnish.data.tokenizer import Tokenizer
+from burnish.engine.outputs import RequestMetrics, RequestOutput
+from burnish.engine.protocol import Engine
+from burnish.engine.sampling import SamplingParams
+from burnish.errors import BurnishError, ConfigError
+from burnish.measure.formatting import format_bytes, format_milliseconds, format_rate, format_seconds
+from burnish.measure.memory import MemoryMeter, resident_bytes
+from burnish.pipeline.opening import Opened, Source, data_of, engine_of, open_decoder, open_engine, required_tokenizer
+
+HELP = """\
+/help            this list
+/context TEXT    put TEXT before every question (a schema, say); /context alone clears it
+/system TEXT     system message; /system alone clears it
+/reset           forget the conversation
+/stats           figures of the session
+/quit            leave (also Ctrl-D)
+A line that ends with a backslash goes on in the next one. Ctrl-C stops an answer."""
+QUANTIZE = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedChat:
+    """An engine that is warm, and how prompts are put to it.
+
+    `template` is None where the text goes in as it is; `single_turn` models were tuned on questions that stand alone.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    template: Template | None
+    single_turn: bool
+    model: str
+
+
+def open_chat(
+    model: str,
+    source: Source,
+    *,
+    adapter: str | None,
+    engine: str,
+    quantize: str,
+    template: str,
+    kv_cache: bool,
+    quiet: bool,
+) -> OpenedChat:
+    """Load, optimise and warm up, telling how long each took.
+
+    Raises:
+        ConfigError, CheckpointError: bad input.
+    """
+    if quantize not in ("none", *QUANTIZE):
+        raise ConfigError("quantize is not known", got=quantize, expected="none, int8 or int4")
+    console = stderr()
+    started = time.perf_counter()
+    recorded: dict[str, Any] | None = None
+    if engine == "native":
+        opened = open_decoder(model, source, adapter=adapter)
+        quantized_s = _quantize(opened, quantize)
+        tokenizer, recorded = opened.tokenizer, data_of(opened)
+        loaded_s = time.perf_counter() - started - quantized_s
+        running: Engine = engine_of(opened, max_num_seqs=1, kv_cache=kv_cache, optimise=quantize == "none" and opened.adapter is None)
+    else:
+        if quantize != "none":
+            raise ConfigError("--quantize needs the native engine", got=f"--engine {engine}")
+        running = open_engine(model, source, adapter=adapter, engine=engine, max_num_seqs=1, kv_cache=kv_cache)
+        from burnish.models.loading import resolve_model
+
+        tokenizer = required_tokenizer(resolve_model(model, revision=source.revision, offline=source.offline))
+        quantized_s, loaded_s = 0.0, time.perf_counter() - started
+    running.warm_up()
+    stats = running.stats()
+    if not quiet:
+        quantized = f", quantize to {quantize} {format_seconds(quantized_s)}" if quantized_s else ""
+        console.print(
+            f"{model}: {stats.engine} engine, {stats.dtype} on {stats.device}, {stats.threads} threads, "
+            f"{format_bytes(stats.weights_bytes)} of weights\n"
+            f"load {format_seconds(loaded_s)}{quantized}, optimise {format_seconds(stats.optimise_s)}, warm-up {format_seconds(stats.warmup_s)}",
+            markup=False,
+        )
+    name = template
+    if name == "auto" and recorded and recorded.get("template"):
+        name = str(recorded["template"])
+    chosen = pick_template(name, tokenizer) if name != "auto" or tokenizer.chat_template is not None else None
+    single = recorded is not None and not recorded.get("multi_turn", False)
+    return OpenedChat(engine=running, tokenizer=tokenizer, template=chosen, single_turn=single, model=model)
+
+
+def _quantize(opened: Opened, quantize: str) -> float:
+    """Quantize the decoder in place by rounding, which needs no data; returns seconds."""
+    if quantize == "none":
+        return 0.0
+    from burnish.compress.quantize import quantize_model
+
+    started = time.perf_counter()
+    quantize_model(opened.decoder, None, QuantizeConfig(method="rtn", bits=QUANTIZE[quantize], group_size=128))
+    return time.perf_counter() - started
+
+
+@dataclass
+class ChatSession:
+    """One conversation."""
+
+    opened: OpenedChat
+    params: SamplingParams
+    system: str | None = None
+    context: str | None = None
+    json: bool = False
+    quiet: bool = False
+    _turns: list[dict[str, str]] = field(default_factory=list)
+    _done: list[RequestMetrics] = field(default_factory=list)
+
+    def run(self, source: TextIO) -> int:
+        """Read prompts until the end of input; returns the exit code."""
+        interactive = source.isatty()
+        if interactive and not self.quiet:
+            how = "Each question stands alone, as the model was tuned." if self.opened.single_turn else "The conversation is remembered."
+            stderr().print(f"{how} /help lists commands.", style="dim", markup=False)
+        with MemoryMeter() as meter:
+            while True:
+                try:
+                    prompt = self._read(source, interactive)
+                except KeyboardInterrupt:
+                    # At an empty prompt Ctrl-C means nothing is to be stopped; say how to leave instead of leaving.
+                    self._say("\n(Ctrl-D or /quit leaves)")
+                    continue
+                if prompt is None:
+                    return 0
+                if prompt.startswith("/"):
+                    if self._command(prompt, meter):
+                        return 0
+                    continue
+                try:
+                    self._answer(prompt, meter)
+                except BurnishError as error:
+                    if not interactive:
+                        raise
+                    self._say(f"error: {error.message}")
+
+    def _read(self, source: TextIO, interactive: bool) -> str | None:
+        """The next prompt without its line end; None at the end of input; empty lines are passed over."""
+        lines: list[str] = []
+        while True:
+            mark = "... " if lines else "> "
+            try:
+                line = input(mark if interactive else "") if source is sys.stdin else source.readline()
+                if source is not sys.stdin and not line:
+                    raise EOFError
+            except EOFError:
+                if interactive:
+                    self._say("")
+                return "\n".join(lines).strip() or None
+            line = line.rstrip("\n")
+            if line.endswith("\\"):
+                lines.append(line[:-1])
+                continue
+            lines.append(line)
+            prompt = "\n".join(lines).strip()
+            if prompt:
+                return prompt
+            lines.clear()
+
+    def _command(self, line: str, meter: MemoryMeter) -> bool:
+        """Obey a /command; True leaves."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name in ("/quit", "/exit"):
+            return True
+        if name == "/help":
+            self._say(HELP)
+        elif name == "/reset":
+            self._turns.clear()
+            self._say("forgotten")
+        elif name == "/system":
+            self.system = rest or None
+            self._turns.clear()
+            self._say("system message set" if rest else "no system message")
+        elif name == "/context":
+            self.context = rest or None
+            self._turns.clear()
+            self._say("context set" if rest else "no context")
+        elif name == "/stats":
+            self._say(self._statistics(meter))
+        else:
+            self._say(f"there is no {name}; /help lists what there is")
+        return False
+
+    def _prompt(self, text: str) -> Any:
+        """What the engine is given: text, or chat messages."""
+        template = self.opened.template
+        if template is None:
+            return f"{self.context}\n{text}" if self.context else text
+        if template.name != "chat":
+            return template.render_prompt(
+                Row(instruction=text, context=self.context or "", answer="", extra={}, file="chat", number=0), self.opened.tokenizer
+            )
+        content = f"{self.context}\n\n{text}" if self.context and not self._turns else text
+        before = [{"role": "system", "content": self.system}] if self.system else []
+        return [*before, *self._turns, {"role": "user", "content": content}]
+
+    def _answer(self, text: str, meter: MemoryMeter) -> None:
+        prompt = self._prompt(text)
+        stream = self.opened.engine.stream(prompt, self.params)
+        output: RequestOutput | None = None
+        pieces: list[str] = []
+        started = time.perf_counter()
+        try:
+            for event in stream:
+                pieces.append(event.text)
+                if not self.json:
+                    sys.stdout.write(event.text)
+                    sys.stdout.flush()
+                output = event.output or output
+        except KeyboardInterrupt:
+            stream.close()  # type: ignore[attr-defined]
+        answer = "".join(pieces)
+        if not self.json:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        if output is None:
+            self._say(f"stopped after {format_seconds(time.perf_counter() - started)}")
+            return
+        self._done.append(output.metrics)
+        if not self.opened.single_turn and isinstance(prompt, list):
+            self._turns += [prompt[-1], {"role": "assistant", "content": answer}]
+        if self.json:
+            record = {"text": output.text, "finish_reason": output.finish_reason, "metrics": self._figures(output.metrics, meter)}
+            sys.stdout.write(json_format.dumps(to_plain(record), ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+        else:
+            self._say(self._line(output.metrics, meter))
+
+    def _figures(self, metrics: RequestMetrics, meter: MemoryMeter) -> dict[str, Any]:
+        return {
+            "prompt_tokens": metrics.prompt_tokens,
+            "output_tokens": metrics.output_tokens,
+            "ttft_ms": metrics.ttft_ms,
+            "tpot_ms": metrics.tpot_ms,
+            "e2e_ms": metrics.e2e_ms,
+            "total_tokens_per_s": _rate(metrics),
+            "peak_memory_bytes": max(meter.peak_bytes, resident_bytes()),
+        }
+
+    def _line(self, metrics: RequestMetrics, meter: MemoryMeter) -> str:
+        return (
+            f"[{metrics.prompt_tokens} tokens in, {metrics.output_tokens} out | TTFT {format_milliseconds(metrics.ttft_ms)} | "
+            f"TPOT {format_milliseconds(metrics.tpot_ms)} | {format_rate(_rate(metrics))} tokens/s in + out | "
+            f"peak memory {format_bytes(max(meter.peak_bytes, resident_bytes()))}]"
+        )
+
+    def _statistics(self, meter: MemoryMeter) -> str:
+        stats = self.opened.engine.stats()
+        prompts = sum(metrics.prompt_tokens for metrics in self._done)
+        outputs = sum(metrics.output_tokens for metrics in self._done)
+        seconds = sum(metrics.e2e_ms for metrics in self._done) / 1e3
+        rate = format_rate((prompts + outputs) / seconds if seconds else None)
+        return (
+            f"{len(self._done)} answers, {prompts} tokens in, {outputs} out, {rate} tokens/s in + out\n"
+            f"weights {format_bytes(stats.weights_bytes)}, KV {format_bytes(stats.kv_bytes)}, "
+            f"peak memory {format_bytes(max(meter.peak_bytes, resident_bytes()))}\n"
+            f"{stats.engine} engine, {stats.dtype}, {stats.threads} threads, load {format_seconds(stats.load_s)}, "
+            f"optimise {format_seconds(stats.optimise_s)}, warm-up {format_seconds(stats.warmup_s)}"
+        )
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            stderr().print(text, style="dim", markup=False, soft_wrap=True)
+
+
+def _rate(metrics: RequestMetrics) -> float | None:
+    return (metrics.prompt_tokens + metrics.output_tokens) * 1e3 / metrics.e2e_ms if metrics.e2e_ms else None

@@ -1,0 +1,205 @@
+"""Commands that make a model from a model: tune, merge, quantize, synth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from burnish.cli import options
+from burnish.cli.output import note, print_json, stdout, watching
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(tune)
+    app.command()(merge)
+    app.command()(quantize)
+    app.command()(synth)
+
+
+def tune(
+    model: options.ModelArgument,
+    data: Annotated[str, typer.Option("--data", help="File, hub id, or text-to-sql:train[:N].")],
+    out: Annotated[str, typer.Option("--out", help="Folder for the adapter or the tuned model.")],
+    method: Annotated[str, typer.Option("--method", help="lora or full.")] = "lora",
+    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Rows for the evaluation loss.")] = None,
+    template: options.Template = "auto",
+    columns: options.Columns = None,
+    max_length: Annotated[int, typer.Option(help="Longest example in tokens.")] = 512,
+    too_long: Annotated[str, typer.Option(help="drop or truncate longer rows.")] = "drop",
+    limit: Annotated[int | None, typer.Option(help="Use this many rows at most.")] = None,
+    check_sql: Annotated[bool, typer.Option(help="Leave out rows whose SQL does not run on their schema.")] = False,
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha; products are scaled by alpha / rank.")] = 32,
+    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
+    target_modules: Annotated[str, typer.Option(help="Roles joined by commas, or all-linear.")] = "all-linear",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; instead of --epochs.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the rows; 1 when neither is given.")] = None,
+    micro_batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    schedule: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Share of steps (below 1) or steps with a rising rate.")] = 0.03,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are scaled down to this norm.")] = 1.0,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute blocks in the backward pass.")] = False,
+    eval_every: Annotated[int, typer.Option(help="Evaluate every so many steps; 0 only at the end.")] = 0,
+    max_seconds: Annotated[float | None, typer.Option(help="Stop after this time.")] = None,
+    config: options.Config = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    allow_pickle: options.AllowPickle = False,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int | None:
+    """Tune MODEL on rows: a PEFT-format LoRA adapter, or all weights."""
+    from burnish.cli.show_stages import show_tune
+    from burnish.pipeline.examples import DataConfig
+    from burnish.pipeline.opening import Source
+    from burnish.pipeline.tune import tune as run
+    from burnish.train.config import TrainConfig
+    from burnish.train.lora import LoraConfig
+
+    roles: Any = target_modules if target_modules == "all-linear" else tuple(part.strip() for part in target_modules.split(",") if part.strip())
+    settings: dict[str, Any] = {"method": method, "schedule": schedule, "precision": precision}
+    train_config = TrainConfig(
+        steps=steps, epochs=epochs, micro_batch_size=micro_batch_size, gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate, warmup=warmup, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
+        gradient_checkpointing=gradient_checkpointing, eval_every=eval_every, max_seconds=max_seconds, seed=seed, **settings,
+    )  # fmt: skip
+    lora = LoraConfig(rank=rank, alpha=alpha, dropout=dropout, target_modules=roles)
+    rows = DataConfig(
+        source=data, template=template, columns=options.parse_columns(columns), max_length=max_length, too_long=too_long,
+        limit=limit, check_sql=check_sql, seed=seed, offline=offline,
+    )  # fmt: skip
+    source = Source(device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle, dtype="float32")
+    with watching(quiet=quiet) as progress:
+        record = run(
+            model, data=rows, out=out, lora=lora, config=train_config, eval_data=eval_data, source=source,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    for line in record.bad_rows:
+        note(f"left out: {line}", quiet=quiet)
+    if record.num_bad_rows > len(record.bad_rows):
+        note(f"left out: {record.num_bad_rows - len(record.bad_rows)} more rows", quiet=quiet)
+    print_json(record) if json else show_tune(stdout(), record)
+    return 130 if record.interrupted else None
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter, ours or PEFT's.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", help="Folder for the merged model.")],
+    base: Annotated[str | None, typer.Option(help="Base model, instead of the one that the adapter names.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the written weights; auto keeps the base's.")] = "auto",
+    gate_data: Annotated[str | None, typer.Option(help="Held-out rows to compare on.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL from the adapter, nats per token.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Least share of equal greedy tokens, 0..1.")] = None,
+    config: options.Config = None,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    allow_pickle: options.AllowPickle = False,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Merge an adapter into its base and prove that the result is the same model; exit 4 if it is not."""
+    from burnish.cli.show_stages import show_merge
+    from burnish.pipeline.gates import MERGE_LIMITS
+    from burnish.pipeline.merge import merge as run
+    from burnish.pipeline.opening import Source
+
+    source = Source(device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    with watching(quiet=quiet) as progress:
+        record = run(
+            adapter, out=out, base=base, dtype=dtype, source=source, data=gate_data,
+            limits=_limits(MERGE_LIMITS, max_kl, min_agreement), overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    print_json(record) if json else show_merge(stdout(), record)
+
+
+def quantize(
+    model: options.ModelArgument,
+    out: Annotated[str, typer.Option("--out", help="Folder for the quantized model.")],
+    method: Annotated[str, typer.Option(help="gptq or rtn.")] = "gptq",
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Input features that share a scale; -1 for one per output.")] = 128,
+    symmetric: Annotated[bool, typer.Option(help="Zero point in the middle of the grid.")] = True,
+    act_order: Annotated[bool, typer.Option(help="Quantize features in order of importance (gptq).")] = False,
+    damping: Annotated[float, typer.Option(help="Share of the mean added to the Hessian's diagonal (gptq).")] = 0.01,
+    calibration: Annotated[str | None, typer.Option(help="Rows to calibrate on; the model's training rows when not given.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
+    template: options.Template = "auto",
+    gate_data: Annotated[str | None, typer.Option(help="Held-out rows to compare on.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL from the parent, nats per token.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Least share of equal greedy tokens, 0..1.")] = None,
+    config: options.Config = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    allow_pickle: options.AllowPickle = False,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Quantize MODEL's linears into the common GPTQ layout; exit 4 if the child is worse than allowed."""
+    from burnish.cli.show_stages import show_quantize
+    from burnish.compress.config import QuantizeConfig
+    from burnish.pipeline.gates import QUANTIZE_LIMITS
+    from burnish.pipeline.opening import Source
+    from burnish.pipeline.quantize import quantize as run
+
+    settings = QuantizeConfig(
+        method=method, bits=bits, group_size=group_size, symmetric=symmetric, activation_order=act_order, damping=damping
+    )
+    source = Source(device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    with watching(quiet=quiet) as progress:
+        record = run(
+            model, out=out, config=settings, calibration=calibration, num_samples=samples, template=template, data=gate_data,
+            limits=_limits(QUANTIZE_LIMITS[bits], max_kl, min_agreement), source=source, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    print_json(record) if json else show_quantize(stdout(), record)
+
+
+def synth(
+    shape: Annotated[str, typer.Argument(metavar="SHAPE", help="Published shape, such as tinyllama-1.1b.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model.")],
+    dtype: Annotated[str, typer.Option(help="Of the written weights.")] = "bfloat16",
+    config: options.Config = None,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write random weights in a published shape, for measuring speed and memory."""
+    from burnish.measure.formatting import format_bytes, format_count
+    from burnish.models.loading import load_config
+    from burnish.models.synth import write_random_checkpoint
+    from burnish.pipeline.disk import folder_bytes
+    from burnish.pipeline.opening import check_output
+
+    check_output(out, overwrite=overwrite)
+    write_random_checkpoint(shape, out, seed=seed, dtype=dtype)
+    parameters, size = load_config(out).num_parameters(), folder_bytes(out)
+    if json:
+        print_json({"shape": shape, "out": str(out), "parameters": parameters, "disk_bytes": size, "dtype": dtype, "seed": seed})
+    else:
+        stdout().print(f"{out}: {shape}, {format_count(parameters)} parameters, {format_bytes(size)}, random weights", markup=False)
+
+
+def _limits(default: Any, max_kl: float | None, min_agreement: float | None) -> Any:
+    return replace(
+        default,
+        max_kl=default.max_kl if max_kl is None else max_kl,
+        min_agreement=default.min_agreement if min_agreement is None else min_agreement,
+    )

@@ -1,0 +1,177 @@
+"""Commands that measure: eval, bench, report, runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from burnish.cli import options
+from burnish.cli.output import note, print_json, stdout, watching
+from burnish.errors import ConfigError
+
+runs_app = typer.Typer(help="Runs and what they left behind.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(name="eval")(evaluate)
+    app.command()(bench)
+    app.command()(report)
+    runs_app.command(name="ls")(list_runs)
+    runs_app.command(name="show")(show_run)
+    app.add_typer(runs_app, name="runs")
+
+
+def evaluate(
+    model: options.ModelArgument,
+    task: Annotated[str, typer.Option("--task", help="text-to-sql, perplexity or bleu.")] = "text-to-sql",
+    data: Annotated[str | None, typer.Option("--data", help="Rows or text; the bundled test rows when not given.")] = None,
+    against: Annotated[str | None, typer.Option(help="Parent model, for KL and greedy agreement.")] = None,
+    adapter: options.Adapter = None,
+    template: options.Template = "auto",
+    columns: options.Columns = None,
+    limit: Annotated[int | None, typer.Option(help="Use this many rows at most.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    max_length: Annotated[int, typer.Option(help="Longest example in tokens, for perplexity and KL.")] = 512,
+    show_answers: Annotated[int, typer.Option(help="Print this many wrong answers.")] = 0,
+    config: options.Config = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    allow_pickle: options.AllowPickle = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Score MODEL at a task: execution accuracy of SQL, perplexity, BLEU; with --against, KL from a parent."""
+    from burnish.cli.show_measures import show_eval
+    from burnish.pipeline.evaluate import evaluate as run
+    from burnish.pipeline.examples import DataConfig
+    from burnish.pipeline.opening import Source
+
+    rows = None
+    if data is not None or limit is not None:
+        rows = DataConfig(
+            source=data or "text-to-sql:test:300", template=template, columns=options.parse_columns(columns), limit=limit,
+            max_length=max_length, seed=seed, offline=offline,
+        )  # fmt: skip
+    source = Source(device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    with watching(quiet=quiet) as progress:
+        record = run(
+            model, task=task, data=rows, against=against, adapter=adapter, max_tokens=max_tokens, source=source, progress=progress
+        )
+    if record.num_bad_rows:
+        note(f"{record.num_bad_rows} bad rows were left out; see them with: burnish data inspect", quiet=quiet)
+    print_json(record) if json else show_eval(stdout(), record, num_wrong=show_answers)
+
+
+def bench(
+    model: options.ModelArgument,
+    input_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 1,
+    num_requests: Annotated[int | None, typer.Option(help="Requests of one pass; as many as --concurrency when not given.")] = None,
+    engine: options.Engine = "native",
+    vs: Annotated[str | None, typer.Option("--vs", help="Another engine, run in turn with the first.")] = None,
+    adapter: options.Adapter = None,
+    repeats: Annotated[int, typer.Option(help="Measured passes.")] = 3,
+    warmup: Annotated[int, typer.Option(help="Passes before them that are not measured.")] = 1,
+    kv_cache: Annotated[bool, typer.Option(help="Keep keys and values; without, every token is computed anew.")] = True,
+    config: options.Config = None,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    allow_pickle: options.AllowPickle = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure MODEL's throughput, latency and memory under a workload."""
+    from burnish.cli.show_measures import show_bench, show_versus
+    from burnish.measure.bench import VersusResult, Workload
+    from burnish.pipeline.bench import bench as run
+    from burnish.pipeline.opening import Source
+
+    workload = Workload(
+        input_tokens=input_tokens, output_tokens=output_tokens, concurrency=concurrency, num_requests=num_requests, seed=seed
+    )
+    source = Source(device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    with watching(quiet=quiet) as progress:
+        result = run(
+            model, workload=workload, engine=engine, versus=vs, adapter=adapter, repeats=repeats, warmup=warmup,
+            kv_cache=kv_cache, source=source, progress=progress,
+        )  # fmt: skip
+    if json:
+        print_json(result.to_dict())
+    elif isinstance(result, VersusResult):
+        show_versus(stdout(), result)
+    else:
+        show_bench(stdout(), result)
+
+
+def report(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Run folders or names; the newest when not given.")] = None,
+    format: Annotated[str, typer.Option("--format", help="table, md, html, json or csv.")] = "table",
+    out: Annotated[Path | None, typer.Option("--out", help="File to write instead of stdout.")] = None,
+    config: options.Config = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show a run's variants and stages, predicted beside measured."""
+    from burnish.measure.report import combine_runs, render
+    from burnish.models.checkpoint_writing import write_text
+    from burnish.pipeline.runs import load_runs
+
+    run = combine_runs(load_runs(list(runs or [])))
+    console = stdout()
+    text = render(run, format="json" if json else format, width=min(console.width, 140), color=console.is_terminal and out is None)
+    if out is None:
+        typer.echo(text, nl=False, color=console.is_terminal)
+        return
+    write_text(out, text)
+    note(f"written: {out}", quiet=quiet)
+
+
+def list_runs(json: options.Json = False) -> None:
+    """List runs, oldest first."""
+    from rich.table import Table
+
+    from burnish.measure.formatting import format_share
+    from burnish.measure.run_record import read_run
+    from burnish.pipeline import runs
+
+    found = [(folder, read_run(folder)) for folder in runs.list_runs()]
+    if json:
+        print_json([{"path": str(folder), "name": run.name, "created": run.created, "model": run.model} for folder, run in found])
+        return
+    if not found:
+        raise ConfigError(f"there is no run in {runs.runs_folder()}", remedy="Make one with: burnish demo")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("run", "created", "model", "variants", "best score"):
+        table.add_column(heading, overflow="fold")
+    for folder, run in found:
+        scores = [variant.score for variant in run.variants if variant.score is not None]
+        table.add_row(folder.name, run.created, run.model, str(len(run.variants)), format_share(max(scores)) if scores else "–")
+    stdout().print(table)
+
+
+def show_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder or name.", show_default=False)],
+    json: options.Json = False,
+) -> None:
+    """Print a run's whole record (--json), or its report."""
+    from burnish.measure.report import render
+    from burnish.pipeline.runs import load_runs
+
+    record = load_runs([run])[0]
+    if json:
+        whole: dict[str, Any] = record.to_dict()
+        print_json(whole)
+        return
+    console = stdout()
+    typer.echo(render(record, width=min(console.width, 140), color=console.is_terminal), nl=False, color=console.is_terminal)

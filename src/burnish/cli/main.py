@@ -1,0 +1,96 @@
+"""The `burnish` program: its commands, and what an error looks like. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from burnish.cli import commands_measure, commands_make, commands_plan, commands_use
+from burnish.errors import BurnishError
+
+app = typer.Typer(
+    name="burnish",
+    help="Make a language model fit your task, your hardware and your budget, and prove it with measurements.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 110},
+)
+for group in (commands_use, commands_make, commands_measure, commands_plan):
+    group.register(app)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from burnish import __version__
+
+        typer.echo(f"burnish {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program and exit with the code that cli errors promise."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code. One line on stderr for any error, never a traceback."""
+    try:
+        result = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BurnishError as error:
+        return _fail(error.message, error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return _fail(_click_message(error), 2)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except BrokenPipeError:
+        # The reader went away, as `| head` does; nothing is wrong. Keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _fail("ran out of memory. Use a smaller batch, a smaller --dtype or a quantized model.", 5)
+    except OSError as error:
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+    except RuntimeError as error:
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+            return _fail("ran out of memory. Use a smaller batch, a smaller --dtype or a quantized model.", 5)
+        if os.environ.get("BURNISH_TRACEBACK"):
+            raise
+        return _fail(f"{type(error).__name__}: {error}. Set BURNISH_TRACEBACK=1 to see where.", 1)
+
+
+def _click_message(error: click.ClickException) -> str:
+    message = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    where = f" See: {context.command_path} --help" if context is not None else ""
+    return f"{message}{where}"
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    sys.stdout.flush()
+    print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Options that several commands share, and --config: a YAML file whose keys are the command's own options."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from burnish.errors import ConfigError
+
+
+def _known_options(command: click.Command) -> dict[str, click.Parameter]:
+    """YAML key -> parameter; keys are written as the flags are, with either dash or underscore."""
+    return {
+        parameter.name: parameter
+        for parameter in command.params
+        if parameter.name and parameter.name not in ("config", "help")
+    }
+
+
+def read_config_file(context: click.Context, _parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Make a YAML file's values the command's defaults, strictly; flags on the command line override them."""
+    if value is None or context.resilient_parsing:
+        return value
+    import yaml
+
+    try:
+        record: Any = yaml.safe_load(value.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {value}") from error
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{value} cannot be read", got=error) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{value} is not YAML", got=" ".join(str(error).split())) from error
+    if record is None:
+        record = {}
+    if not isinstance(record, dict):
+        raise ConfigError(f"{value} holds no settings", got=type(record).__name__, expected="key: value lines")
+    known = _known_options(context.command)
+    defaults: dict[str, Any] = {}
+    for key, setting in record.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{value} has an unknown key {key}",
+                expected=None if close else f"one of {', '.join(sorted(known))}",
+                remedy=f"Did you mean {close[0].replace('_', '-')}?" if close else None,
+            )
+        defaults[name] = [str(item) for item in setting] if isinstance(setting, list) else setting
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return value
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", callback=read_config_file, is_eager=True, help="YAML file with options of this command; flags override it."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never reach for the network.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto by size and hardware.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; all cores when not given.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pytorch_model.bin, as weights only.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", metavar="DIR", help="LoRA adapter to run on the model, unmerged.")]
+Engine = Annotated[str, typer.Option("--engine", help="native or transformers.")]
+Template = Annotated[str, typer.Option("--template", help="Prompt template: auto, chat, alpaca or sql-context.")]
+Columns = Annotated[
+    str | None,
+    typer.Option("--columns", metavar="FIELD=COLUMN,...", help="Which columns hold instruction, context and answer."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds something.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or burnish-sql-base.", show_default=False)]
+
+
+def parse_columns(text: str | None) -> dict[str, str] | None:
+    """Read --columns.
+
+    Raises:
+        ConfigError: not FIELD=COLUMN pairs.
+    """
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    if not pairs or any(not sign or not name.strip() or not column.strip() for name, sign, column in pairs):
+        raise ConfigError("--columns is malformed", got=repr(text), expected="FIELD=COLUMN pairs joined by commas")
+    return {name.strip(): column.strip() for name, _, column in pairs}

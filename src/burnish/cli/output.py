@@ -1,0 +1,90 @@
+"""How commands speak: results on stdout, progress and notes on stderr. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+SHOW_AFTER_S = 2.0  # shorter work needs no bar
+
+
+def to_plain(value: Any) -> Any:
+    """Records as JSON values; what is not a number becomes null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def stdout() -> Console:
+    """For tables and text that are the result; highlighting off, so that nothing is coloured by chance."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+class Watcher:
+    """A progress bar on stderr that appears when work takes longer than `SHOW_AFTER_S`; nothing without a terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = stderr()
+        self._enabled = not quiet and self._console.is_terminal
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._started = time.monotonic()
+
+    def __call__(self, label: str, done: int, total: int, note: str = "") -> None:
+        if not self._enabled or (self._progress is None and time.monotonic() - self._started < SHOW_AFTER_S):
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"), console=self._console, transient=True,
+            )  # fmt: skip
+            self._progress.start()
+        if label not in self._tasks:
+            for task in self._tasks.values():
+                self._progress.update(task, visible=False)
+            self._tasks[label] = self._progress.add_task(label, total=total, note=note)
+        self._progress.update(self._tasks[label], completed=done, total=total, note=note)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+@contextmanager
+def watching(*, quiet: bool) -> Iterator[Watcher]:
+    """A progress bar for the time of the block."""
+    watcher = Watcher(quiet=quiet)
+    try:
+        yield watcher
+    finally:
+        watcher.close()
+
+
+def note(text: str, *, quiet: bool = False) -> None:
+    """A line for people on stderr."""
+    if not quiet:
+        stderr().print(text, markup=False, soft_wrap=True)

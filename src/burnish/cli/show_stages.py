@@ -1,0 +1,82 @@
+"""Records of stages as short tables for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from burnish.measure.formatting import format_bytes, format_count, format_divergence, format_ratio, format_seconds, format_share, ratio
+from burnish.pipeline.gates import GateResult
+from burnish.pipeline.merge import MergeRecord
+from burnish.pipeline.quantize import QuantizeRecord
+from burnish.pipeline.tune import TuneRecord
+
+
+def facts(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    """A title and aligned name-value lines."""
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(title, style="bold", markup=False)
+    console.print(table)
+
+
+def _memory(peak: int, predicted: int | None) -> str:
+    text = format_bytes(peak)
+    if predicted is not None:
+        text += f" (predicted {format_bytes(predicted)}, measured/predicted {format_ratio(ratio(peak, predicted))})"
+    return text
+
+
+def _gate(gate: GateResult) -> list[tuple[str, str]]:
+    return [
+        ("gate", gate.verdict),
+        ("KL to parent", f"{format_divergence(gate.kl_mean)} nats/token (limit {gate.limits.max_kl:g}; 99th percentile {format_divergence(gate.kl_p99)})"),
+        ("greedy agreement", f"{format_share(gate.greedy_agreement, digits=2)} of {format_count(gate.num_tokens)} tokens (limit {format_share(gate.limits.min_agreement)})"),
+        ("perplexity", f"{gate.perplexity_child:.4g} (parent {gate.perplexity_parent:.4g})"),
+    ]  # fmt: skip
+
+
+def show_tune(console: Console, record: TuneRecord) -> None:
+    """What a tuning run did."""
+    losses = [step["loss"] for step in record.steps]
+    tail = losses[-20:]
+    rows = [
+        ("method", f"{record.method}, {record.precision}, {format_count(record.trained_parameters)} trained parameters"),
+        ("rows", f"{record.num_examples} used, {record.num_bad_rows} bad, {record.num_too_long} too long"),
+        ("steps", f"{len(record.steps)} in {format_seconds(record.seconds)} ({record.stopped})"),
+        ("speed", f"{record.tokens_per_s:,.0f} tokens/s"),
+        ("loss", f"{losses[0]:.3f} -> {sum(tail) / len(tail):.3f}" if losses else "-"),
+        ("memory, peak", _memory(record.peak_memory_bytes, record.predicted_peak_bytes)),
+        ("memory, by part", ", ".join(f"{name} {format_bytes(size)}" for name, size in record.component_bytes.items())),
+    ]
+    if record.evals and record.evals[-1].get("loss") is not None:
+        rows.insert(5, ("evaluation loss", f"{record.evals[-1]['loss']:.3f}"))
+    facts(console, record.adapter, rows)
+
+
+def show_merge(console: Console, record: MergeRecord) -> None:
+    """What a merge did."""
+    rows = [
+        ("merged", f"{record.merged_linears} linears of {record.adapter} into {record.base}"),
+        ("written", f"{record.dtype}, {format_bytes(record.disk_bytes)} in {format_seconds(record.seconds)}"),
+        ("memory, peak", _memory(record.peak_memory_bytes, record.predicted_peak_bytes)),
+        *_gate(record.gate),
+    ]
+    facts(console, record.out, rows)
+
+
+def show_quantize(console: Console, record: QuantizeRecord) -> None:
+    """What a quantization did."""
+    worst = sorted(record.layers, key=lambda layer: layer.error, reverse=True)[:3]
+    rows = [
+        ("method", f"{record.method}, {record.bits} bits, groups of {record.group_size}, {record.bits_per_weight:.2f} stored bits per weight"),
+        ("calibration", f"{record.calibration_tokens} tokens of {record.calibration_source}" if record.calibration_source else "none"),
+        ("written", f"{format_bytes(record.disk_bytes)} in {format_seconds(record.seconds)}"),
+        ("memory, peak", _memory(record.peak_memory_bytes, record.predicted_peak_bytes)),
+        ("worst layers", ", ".join(f"{layer.name.removeprefix('model.')} {layer.error:.4f}" for layer in worst)),
+        *_gate(record.gate),
+    ]  # fmt: skip
+    facts(console, record.out, rows)

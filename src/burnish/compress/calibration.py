@@ -1,0 +1,228 @@
+"""Calibration text through a decoder, block by block: the inputs of every linear as Hessians, never as whole tensors.
+
+Only the hidden states between two blocks are kept for all tokens. Inside a block the linears are visited in the order
+in which they run, each group of linears with the same input at once, after those before it were replaced by what they
+became ("true sequential"): a later linear sees the inputs it will see in the compressed model. Each visit runs the
+block up to the linear; the attention itself runs once, when the linears before it have their final weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.errors import DataError
+from burnish.models.attention import AttentionSpec, FullCausal
+from burnish.models.decoder import Decoder
+
+# B sequences of one batch, T tokens of its longest, D hidden, N real tokens, I in features
+
+PADDING = 0
+"""Any valid token: it stands after the text, where causal attention hides it, and its activations are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """tokens_BT (B, T) int64, padded on the right, and real_BT (B, T) bool, True on text."""
+
+    tokens_BT: Tensor
+    real_BT: Tensor
+
+
+@dataclass(kw_only=True)
+class _BlockInput:
+    hidden_BTD: Tensor
+    real_BT: Tensor
+    arguments: list[tuple[Any, ...]]
+    attention: _KeptAttention
+
+
+class _KeptAttention:
+    """Full causal attention that can hold on to one layer's output for one batch.
+
+    Attributes:
+        keep: hold what is computed next, and answer with it until it is set to False.
+    """
+
+    def __init__(self) -> None:
+        self.keep = False
+        self.calls = 0
+        self._kept_BHTE: Tensor | None = None
+
+    def attend(self, layer: int, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, spec: AttentionSpec) -> Tensor:
+        """As `Attention.attend`."""
+        self.calls += 1
+        if not self.keep:
+            self._kept_BHTE = None
+        elif self._kept_BHTE is not None:
+            return self._kept_BHTE
+        # A new one each time, because it would keep its masks: with ALiBi (heads, tokens, tokens) for every length.
+        out_BHTE = FullCausal().attend(layer, q_BHTE, k_BKTE, v_BKTE, spec)
+        if self.keep:
+            self._kept_BHTE = out_BHTE
+        return out_BHTE
+
+    def release(self) -> None:
+        """Forget the output and stop keeping."""
+        self.keep = False
+        self._kept_BHTE = None
+
+
+class _Stop(Exception):
+    """Ends a block's forward at the linear whose input was wanted."""
+
+
+def make_batches(
+    examples: Sequence[Sequence[int]], *, vocab_size: int, max_length: int, batch_tokens: int
+) -> list[TokenBatch]:
+    """Sort sequences by length and pad them into batches of at most `batch_tokens` tokens (at least one sequence each).
+
+    Sequences longer than `max_length` are cut into pieces; empty ones are dropped.
+
+    Raises:
+        DataError: nothing is left, or a token id is outside the vocabulary (names the sequence).
+    """
+    pieces: list[Sequence[int]] = []
+    for number, tokens in enumerate(examples):
+        if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
+            raise DataError(
+                f"calibration sequence {number} has token ids outside the vocabulary",
+                got=f"{min(tokens)}..{max(tokens)}",
+                expected=f"0..{vocab_size - 1}",
+                remedy="Tokenize it with this model's tokenizer",
+            )
+        pieces += [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
+    if not pieces:
+        raise DataError("the calibration set holds no tokens", got=f"{len(examples)} sequences")
+    pieces.sort(key=len, reverse=True)
+    batches = []
+    start = 0
+    while start < len(pieces):
+        longest = len(pieces[start])
+        rows = pieces[start : start + max(1, batch_tokens // longest)]
+        tokens_BT = torch.full((len(rows), longest), PADDING, dtype=torch.int64)
+        real_BT = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for row, tokens in enumerate(rows):
+            tokens_BT[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+            real_BT[row, : len(tokens)] = True
+        batches.append(TokenBatch(tokens_BT=tokens_BT, real_BT=real_BT))
+        start += len(rows)
+    return batches
+
+
+def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of one block by their name inside it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+class BlockWalk:
+    """Hidden states of all calibration tokens, advanced one block at a time.
+
+    Args:
+        model: the decoder; put in eval mode by the caller.
+        batches: from `make_batches`.
+    """
+
+    def __init__(self, model: Decoder, batches: Sequence[TokenBatch]) -> None:
+        self._inputs = [_embed(model, batch) for batch in batches]
+        self._before_attention: set[str] = set()
+
+    def input_groups(self, layer: int, block: nn.Module) -> list[list[str]]:
+        """Names of the block's linears, grouped by the very tensor they read, in the order in which they run.
+
+        Linears that do not run, or run twice, belong to no decoder of this package.
+        """
+        smallest = min(self._inputs, key=lambda each: each.hidden_BTD.numel())
+        smallest.attention.calls = 0
+        seen: list[tuple[str, Tensor]] = []
+        self._before_attention = set()
+
+        def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append((name, args[0]))
+            if not smallest.attention.calls:
+                self._before_attention.add(name)
+
+        hooks = [linear.register_forward_pre_hook(partial(note, name)) for name, linear in block_linears(block).items()]
+        try:
+            block(smallest.hidden_BTD, *smallest.arguments[layer])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        groups: list[list[str]] = []
+        tensors: list[Tensor] = []
+        for name, tensor in seen:
+            position = next((index for index, known in enumerate(tensors) if known is tensor), None)
+            if position is None:
+                tensors.append(tensor)
+                groups.append([name])
+            else:
+                groups[position].append(name)
+        return groups
+
+    def hessian(self, layer: int, block: nn.Module, name: str) -> Tensor:
+        """Mean of x x' over the real tokens that a linear reads: (in, in), float32.
+
+        `input_groups` of this block comes first, and linears are asked for in its order, those before already final.
+        """
+        linear = block_linears(block)[name]
+        for each in self._inputs:
+            each.attention.keep = name not in self._before_attention
+        total_II = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+        count = 0
+        for real_BT, x_BTI in self._inputs_of(layer, block, linear):
+            x_NI = x_BTI[real_BT].float()
+            total_II.addmm_(x_NI.t(), x_NI)
+            count += x_NI.shape[0]
+        return total_II.div_(count)
+
+    def advance(self, layer: int, block: nn.Module) -> None:
+        """Replace the hidden states by what the block makes of them."""
+        for each in self._inputs:
+            each.hidden_BTD = block(each.hidden_BTD, *each.arguments[layer])
+            each.attention.release()
+
+    def _inputs_of(self, layer: int, block: nn.Module, linear: nn.Linear) -> Iterator[tuple[Tensor, Tensor]]:
+        caught: list[Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            caught.append(args[0])
+            raise _Stop
+
+        hook = linear.register_forward_pre_hook(catch)
+        try:
+            for each in self._inputs:
+                with suppress(_Stop):
+                    block(each.hidden_BTD, *each.arguments[layer])
+                yield each.real_BT, caught.pop()
+        finally:
+            hook.remove()
+
+
+def _embed(model: Decoder, batch: TokenBatch) -> _BlockInput:
+    """Run the decoder with blocks that only write down what they are given."""
+    first: list[Tensor] = []
+    arguments: list[tuple[Any, ...]] = []
+
+    def record(hidden_BTD: Tensor, *rest: Any) -> Tensor:
+        first.append(hidden_BTD)
+        arguments.append(rest)
+        return hidden_BTD
+
+    attention = _KeptAttention()
+    blocks = list(model.model.layers)
+    for block in blocks:
+        block.forward = record
+    try:
+        model.hidden(batch.tokens_BT.to(model.device), attention=attention)
+    finally:
+        for block in blocks:
+            del block.forward
+    return _BlockInput(
+        hidden_BTD=first[0], real_BT=batch.real_BT.to(model.device), arguments=arguments, attention=attention
+    )

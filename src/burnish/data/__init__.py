@@ -1,0 +1,1 @@
+"""Data sets, prompt templates, tokenizing and label masks, and the bundled text-to-SQL task. No torch here."""

@@ -1,0 +1,105 @@
+"""What the engine hands back: text, tokens, the reason it ended, and the request's own timings. Torch-free."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "aborted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestMetrics:
+    """Timings of one request, in milliseconds since it arrived (waiting for a slot included).
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        output_tokens: tokens produced, the end token included.
+        ttft_ms: until the first token; None when none was produced.
+        tpot_ms: mean time per token after the first, (e2e - ttft) / (n - 1); None below two tokens.
+        e2e_ms: until the last token (or the abort).
+        itl_ms: the gaps between consecutive tokens.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    ttft_ms: float | None
+    tpot_ms: float | None
+    e2e_ms: float
+    itl_ms: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """A finished request.
+
+    Attributes:
+        index: position of its prompt in the call to `generate` (0 for `stream`).
+        prompt: the prompt as text; None when it was given as token ids.
+        text: the answer, cut before a stop string, without special tokens.
+        token_ids: every token produced, an end token included.
+        finish_reason: "stop" (end token or stop string), "length" or "aborted".
+    """
+
+    index: int
+    prompt: str | None
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    metrics: RequestMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamEvent:
+    """A piece of a streamed answer; `output` is set on the last one only.
+
+    The pieces of all events, joined, are `output.text`.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    output: RequestOutput | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """The engine's size, set-up times and load at this moment.
+
+    Attributes:
+        weights_bytes: bytes of the model's tensors, counted once each.
+        kv_bytes: bytes of the KV cache as allocated now.
+        load_s: reading the checkpoint; 0 for a model handed in.
+        optimise_s: packing linears.
+        warmup_s: the last `warm_up`.
+        running, waiting: requests with and without a slot.
+    """
+
+    engine: str
+    dtype: str
+    device: str
+    threads: int
+    weights_bytes: int
+    kv_bytes: int
+    load_s: float
+    optimise_s: float
+    warmup_s: float
+    running: int
+    waiting: int
+    max_num_seqs: int
+    max_model_len: int
+    packed_linears: int = 0
+
+
+def make_metrics(*, prompt_tokens: int, arrival_s: float, token_times_s: list[float], end_s: float) -> RequestMetrics:
+    """Turn clock readings (seconds, any common origin) into a request's timings."""
+    gaps = tuple((after - before) * 1e3 for before, after in itertools.pairwise(token_times_s))
+    last = token_times_s[-1] if token_times_s else end_s
+    return RequestMetrics(
+        prompt_tokens=prompt_tokens,
+        output_tokens=len(token_times_s),
+        ttft_ms=(token_times_s[0] - arrival_s) * 1e3 if token_times_s else None,
+        tpot_ms=(last - token_times_s[0]) * 1e3 / (len(token_times_s) - 1) if len(token_times_s) > 1 else None,
+        e2e_ms=(last - arrival_s) * 1e3,
+        itl_ms=gaps,
+    )

@@ -1,0 +1,98 @@
+"""The exception tree. Every error a user can cause is one of these, and each carries its exit code.
+
+    BurnishError                 1  something failed while running
+    ├── ConfigError              2  an option, a recipe or a path is wrong
+    ├── CheckpointError          2  a model folder or a weight file is missing, corrupt or of the wrong shape
+    ├── DataError                2  a data set is missing, empty or malformed
+    ├── CompressionError         1  a quantizer or pruner cannot go on (not positive definite, NaN weights, ...)
+    ├── CapacityError            3  it will not fit
+    │   └── OutOfMemoryError     5  it did not fit while running
+    ├── RequestError             2  a generation request is not valid
+    ├── WorkerError              1  a worker process died
+    ├── GateError                4  the child is worse than its parent
+    └── MissingExtraError        6  an optional dependency is not installed
+
+A message says what happened, what was got, what was expected and what to do about it, in one line.
+"""
+
+from __future__ import annotations
+
+
+class BurnishError(Exception):
+    """Base of every error that burnish raises on purpose.
+
+    Args:
+        what: what went wrong, naming the file, key or row.
+        got: what was found instead, if that helps.
+        expected: what would have been right.
+        remedy: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.what = what
+        self.got = got
+        self.expected = expected
+        self.remedy = remedy
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        """The whole error as one line."""
+        parts = [self.what]
+        if self.got is not None:
+            parts.append(f"got {self.got}")
+        if self.expected is not None:
+            parts.append(f"expected {self.expected}")
+        line = "; ".join(parts)
+        if self.remedy:
+            line = f"{line}. {self.remedy}"
+        return " ".join(line.split())
+
+
+class ConfigError(BurnishError):
+    exit_code = 2
+
+
+class CheckpointError(BurnishError):
+    exit_code = 2
+
+
+class DataError(BurnishError):
+    exit_code = 2
+
+
+class CompressionError(BurnishError):
+    exit_code = 1
+
+
+class CapacityError(BurnishError):
+    exit_code = 3
+
+
+class OutOfMemoryError(CapacityError):
+    exit_code = 5
+
+
+class RequestError(BurnishError):
+    exit_code = 2
+
+
+class WorkerError(BurnishError):
+    exit_code = 1
+
+
+class GateError(BurnishError):
+    exit_code = 4
+
+
+class MissingExtraError(BurnishError):
+    exit_code = 6

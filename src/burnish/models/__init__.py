@@ -1,0 +1,1 @@
+"""One decoder for every family, the families' records, and reading and writing of checkpoints."""

@@ -1,0 +1,254 @@
+"""From a model's name to a decoder in memory; the way back is in `saving.py`, whose functions are offered here too.
+
+Weights are checked by name and shape before the first one is read, then read one by one into the wanted dtype, so that
+the peak stays near the size of the loaded model: one fused tensor more at most.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.errors import CheckpointError
+from burnish.models.checkpoint import TensorInfo, TensorReader
+from burnish.models.config import ModelConfig
+from burnish.models.decoder import Decoder
+from burnish.models.dtypes import parse_dtype
+from burnish.models.families.registry import family_named
+from burnish.models.hf_config import config_of, load_config, read_config
+from burnish.models.saving import copy_companions, pending_tensors, save_decoder, some_names, write_config
+from burnish.models.weight_map import Placement, WeightMap, out_dim
+
+__all__ = [
+    "config_of",
+    "copy_companions",
+    "fill_decoder",
+    "load_config",
+    "load_decoder",
+    "parse_dtype",
+    "pending_tensors",
+    "resolve_model",
+    "save_decoder",
+    "write_config",
+]
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
+# Copies in another layout, and folders of other formats, would only cost time and disk.
+_HUB_IGNORED = ("*/*", "consolidated*")
+
+Prepare = Callable[[Decoder, dict[str, Any]], None]
+
+
+def resolve_model(
+    name: str | Path, *, revision: str | None = None, offline: bool = False, allow_pickle: bool = False
+) -> Path:
+    """The folder of a model: a local folder, a bundled model's name, or a hub id, downloaded when needed.
+
+    Args:
+        name: a path, a bundled name, `org/name` or `org/name@revision`.
+        revision: branch, tag or commit of the hub repository; also after an "@".
+        offline: use what an earlier download left, and fail otherwise.
+        allow_pickle: also download pytorch_model.bin files.
+
+    Raises:
+        CheckpointError: there is no such folder, or the hub cannot provide it.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file", expected="a model folder", remedy=f"Give its folder: {path.parent}")
+    text = str(name)
+    bundled = _bundled_folder(text)
+    if bundled is not None:
+        return bundled
+    hub_id, _, at_revision = text.partition("@")
+    if not _HUB_ID.match(hub_id) or text.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{text} is no model", expected="a model folder, burnish-sql-base, or a hub id like org/name"
+        )
+    return _download(hub_id, revision or at_revision or None, offline=offline, allow_pickle=allow_pickle)
+
+
+def _bundled_folder(name: str) -> Path | None:
+    from burnish.data.bundled import BUNDLED, bundled_path
+
+    return bundled_path(name) if name in BUNDLED else None
+
+
+def _download(hub_id: str, revision: str | None, *, offline: bool, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*_HUB_FILES, *(("pytorch_model*.bin",) if allow_pickle else ())]
+    label = hub_id if revision is None else f"{hub_id}@{revision}"
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=list(_HUB_IGNORED),
+                local_files_only=offline,
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        remedy = "Run once without --offline." if offline else "Is the network there?"
+        raise CheckpointError(f"{label} is not a local folder and not in the hub's cache", remedy=remedy) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{label} cannot be downloaded from the hub: {reason}") from error
+
+
+def load_decoder(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    prepare: Prepare | None = None,
+) -> Decoder:
+    """Build a decoder and fill it with a folder's weights.
+
+    Args:
+        model: as in `resolve_model`.
+        dtype: of the parameters; "auto" takes config.json's, or the weights' own.
+        prepare: called with the decoder on the meta device and the parsed config.json before any weight is read; may
+            replace linears. Parameters take `dtype`; buffers of replaced modules keep the dtype they declare.
+
+    Raises:
+        CheckpointError: the folder is corrupt, keys are missing or left over, or shapes differ; names file and key.
+    """
+    folder = resolve_model(model, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    hf_config = read_config(folder)
+    config = config_of(hf_config)
+    reader = TensorReader(folder, allow_pickle=allow_pickle)
+    if config.tie_word_embeddings and _has_own_output_layer(config, reader):
+        config = replace(config, tie_word_embeddings=False)
+    wanted = parse_dtype(dtype, hf_config) or _common_dtype(reader)
+    decoder = Decoder(config, device="meta", dtype=wanted)
+    if prepare is not None:
+        prepare(decoder, hf_config)
+    fill_decoder(decoder, reader, device=torch.device(device))
+    return decoder.eval()
+
+
+def _has_own_output_layer(config: ModelConfig, reader: TensorReader) -> bool:
+    """Files may hold an output layer that config.json calls tied; it counts when it differs, as in transformers."""
+    weight_map = family_named(config.family).weight_map(config)
+    found: dict[str, str] = {}
+    for hf_name in reader.names():
+        placement = weight_map.canonical(hf_name)
+        if placement is not None and placement.targets[0] in ("lm_head.weight", "model.embed_tokens.weight"):
+            found[placement.targets[0]] = hf_name
+    return len(found) == 2 and not reader.same(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
+def fill_decoder(decoder: Decoder, reader: TensorReader, *, device: torch.device) -> None:
+    """Materialise a decoder built on meta from a folder's weights, in place; raises as `load_decoder`."""
+    weight_map = family_named(decoder.config.family).weight_map(decoder.config)
+    expected = decoder.state_dict()
+    plan = _plan_reads(decoder, weight_map, reader, expected)
+    for name in list(expected):
+        _materialise(decoder, name, device)
+    filled = decoder.state_dict()
+    for hf_name, placement in plan.items():
+        _read(reader, hf_name, placement, [filled[target] for target in placement.targets])
+
+
+def _plan_reads(
+    decoder: Decoder, weight_map: WeightMap, reader: TensorReader, expected: dict[str, Tensor]
+) -> dict[str, Placement]:
+    plan: dict[str, Placement] = {}
+    left_over: list[str] = []
+    filled_by: dict[str, str] = {}
+    for hf_name in reader.names():
+        placement = weight_map.canonical(hf_name)
+        if placement is None or not all(target in expected for target in placement.targets):
+            tied = placement is not None and placement.targets == ("lm_head.weight",) and decoder.lm_head is None
+            if not tied and not weight_map.is_ignored(hf_name):
+                left_over.append(hf_name)
+            continue
+        for target in placement.targets:
+            if target in filled_by:
+                raise CheckpointError(f"{reader.folder}: {hf_name} and {filled_by[target]} are the same weight")
+            filled_by[target] = hf_name
+        plan[hf_name] = placement
+    missing = sorted({weight_map.hf(name).name for name in expected if name not in filled_by})
+    if missing:
+        raise CheckpointError(f"{reader.folder} lacks {some_names(missing)}", remedy=_hint(left_over))
+    if left_over:
+        raise CheckpointError(f"{reader.folder} holds tensors that the model has no place for: {some_names(left_over)}")
+    for hf_name, placement in plan.items():
+        _check_shape(reader.info(hf_name), placement, [expected[target] for target in placement.targets])
+    return plan
+
+
+def _check_shape(info: TensorInfo, placement: Placement, targets: list[Tensor]) -> None:
+    shape = list(targets[0].shape)
+    dim = out_dim(placement.suffix)
+    if dim is not None and len(targets) > 1:
+        shape[dim] = sum(target.shape[dim] for target in targets)
+    if placement.transposed:
+        shape.reverse()
+    if list(info.shape) != shape:
+        raise CheckpointError(
+            f"{info.path}: {info.name} has the wrong shape", got=list(info.shape), expected=f"{shape} by config.json"
+        )
+
+
+def _read(reader: TensorReader, hf_name: str, placement: Placement, targets: list[Tensor]) -> None:
+    with torch.no_grad():
+        if not placement.transposed and placement.rows is None:
+            reader.read_into(hf_name, targets[0])
+            return
+        fused = reader.read(hf_name)
+        if placement.transposed:
+            fused = fused.t()
+        dim = out_dim(placement.suffix)
+        if placement.rows is None or dim is None:
+            parts = [fused] * len(targets)
+        else:
+            parts = placement.rows.split(fused, dim=dim, name=hf_name)
+        for target, part in zip(targets, parts):
+            if target.shape != part.shape:
+                raise CheckpointError(
+                    f"{hf_name} does not divide as config.json says", got=list(part.shape), expected=list(target.shape)
+                )
+            target.copy_(part)
+
+
+def _materialise(decoder: nn.Module, name: str, device: torch.device) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = decoder.get_submodule(parent)
+    if leaf in module._parameters:
+        old = module._parameters[leaf]
+        assert old is not None
+        module._parameters[leaf] = nn.Parameter(
+            torch.empty(old.shape, dtype=old.dtype, device=device), requires_grad=old.requires_grad
+        )
+    else:
+        buffer = module._buffers[leaf]
+        assert buffer is not None
+        module._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+def _common_dtype(reader: TensorReader) -> torch.dtype:
+    sizes: dict[torch.dtype, int] = {}
+    for info in reader.tensors.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def _hint(left_over: list[str]) -> str | None:
+    return f"It holds {some_names(left_over)} instead." if left_over else None

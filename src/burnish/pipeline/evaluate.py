@@ -1,0 +1,187 @@
+"""`evaluate`: how good a model is at a task, alone or beside its parent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from burnish.data.rows import Row
+from burnish.data.templates import Template, row_prompt_tokens
+from burnish.data.tokenizer import Tokenizer
+from burnish.engine.protocol import Engine
+from burnish.errors import ConfigError
+from burnish.measure.compare import compare_models
+from burnish.measure.evaluate import SqlScore, TextScore, evaluate_sql, evaluate_text
+from burnish.measure.perplexity import perplexity
+from burnish.pipeline.examples import DataConfig, prepare, read_data
+from burnish.pipeline.opening import Opened, Source, data_of, engine_of, open_decoder
+from burnish.pipeline.progress import Progress, silent
+from burnish.pipeline.text_rows import read_texts
+
+TASKS = ("text-to-sql", "perplexity", "bleu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord:
+    """What `burnish eval --json` prints; fields that the task does not give are None.
+
+    `score` is in 0..1 (BLEU: 0..100). The KL is KL(parent || child) in nats per token.
+    """
+
+    task: str
+    model: str
+    data: str
+    template: str | None
+    metric: str | None = None
+    score: float | None = None
+    score_low: float | None = None
+    score_high: float | None = None
+    num_rows: int | None = None
+    exact_match: float | None = None
+    perplexity: float | None = None
+    num_tokens: int | None = None
+    against: str | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    greedy_agreement: float | None = None
+    seconds: float | None = None
+    by_kind: dict[str, dict[str, Any]] | None = None
+    answers: list[dict[str, Any]] | None = None
+    num_bad_rows: int = 0
+
+
+def evaluate(
+    model: str,
+    *,
+    task: str = "text-to-sql",
+    data: DataConfig | None = None,
+    against: str | None = None,
+    adapter: str | None = None,
+    max_tokens: int = 128,
+    source: Source | None = None,
+    progress: Progress = silent,
+) -> EvalRecord:
+    """Score a model.
+
+    Args:
+        model: folder, bundled name, hub id, or an adapter's folder.
+        task: "text-to-sql" (execution accuracy where rows bring a database, exact match elsewhere), "bleu" (against the
+            rows' answers) or "perplexity" (of rows or of a text file).
+        data: the rows; the bundled task's test rows when None.
+        against: the parent, for KL and greedy agreement on the same rows.
+        adapter: an adapter to put on the model.
+        max_tokens: of one answer.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: bad input.
+    """
+    source = source or Source()
+    if task not in TASKS:
+        raise ConfigError(f"there is no task {task!r}", expected=", ".join(TASKS))
+    if data is None:
+        if task == "bleu":
+            raise ConfigError("bleu needs rows with reference answers", remedy="Give them with --data.")
+        data = DataConfig(source="text-to-sql:test:300")
+    opened = open_decoder(model, source, adapter=adapter)
+    if task == "perplexity":
+        return _evaluate_perplexity(opened, data, against, source)
+    rows = read_data(data)
+    template = template_for(opened, data, rows)
+    engine = engine_of(opened)
+    score = score_rows(engine, rows.rows, opened.tokenizer, template, task=task, max_tokens=max_tokens, progress=progress)
+    record: dict[str, Any] = {"num_bad_rows": len(rows.bad_rows)}
+    if isinstance(score, SqlScore):
+        summary = score.to_dict()
+        record |= {"metric": score.metric, "score": score.score, "score_low": score.score_low, "score_high": score.score_high}
+        record |= {"by_kind": summary["by_kind"], "answers": summary["answers"]}
+    else:
+        record |= {"metric": "BLEU", "score": score.bleu, "answers": score.to_dict()["answers"]}
+    record |= {"num_rows": score.num_rows, "exact_match": score.exact_match, "seconds": score.seconds}
+    if against is not None:
+        record |= _beside(opened, against, data, template.name, source)
+    return EvalRecord(task=task, model=model, data=data.source, template=template.name, against=against, **record)
+
+
+def template_for(opened: Opened, data: DataConfig, rows: Any) -> Template:
+    """The template asked for; for "auto" the one that the model was tuned with, if its manifest says."""
+    from burnish.data.templates import pick_template
+
+    recorded = data_of(opened)
+    name = data.template
+    if name == "auto" and recorded and recorded.get("template"):
+        name = str(recorded["template"])
+    return pick_template(name, opened.tokenizer, rows)
+
+
+def score_rows(
+    engine: Engine,
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    task: str = "text-to-sql",
+    max_tokens: int = 128,
+    progress: Progress = silent,
+) -> SqlScore | TextScore:
+    """Let an engine answer rows greedily and score the answers."""
+
+    def render(row: Any) -> list[int]:
+        return row_prompt_tokens(row, tokenizer, template)
+
+    def on_progress(done: int, total: int) -> None:
+        progress("Answering", done, total)
+
+    run = evaluate_sql if task == "text-to-sql" else evaluate_text
+    return run(engine, rows, render=render, max_tokens=max_tokens, on_progress=on_progress)
+
+
+def _beside(opened: Opened, against: str, data: DataConfig, template: str, source: Source) -> dict[str, Any]:
+    """KL and agreement with the parent on the rows' answers."""
+    parent = open_decoder(against, source)
+    longest = opened.decoder.config.max_position_embeddings
+    examples = prepare(_with_template(data, template), opened.tokenizer, longest=longest).examples
+    comparison = compare_models(opened.decoder, parent.decoder, examples.examples)
+    return {
+        "kl_mean": comparison.kl_mean,
+        "kl_p99": comparison.kl_p99,
+        "greedy_agreement": comparison.greedy_agreement,
+        "perplexity": comparison.perplexity_child,
+        "num_tokens": comparison.num_tokens,
+    }
+
+
+def _with_template(data: DataConfig, template: str) -> DataConfig:
+    from dataclasses import replace
+
+    return replace(data, template=template)
+
+
+def _evaluate_perplexity(opened: Opened, data: DataConfig, against: str | None, source: Source) -> EvalRecord:
+    texts = read_texts(data.source, opened.tokenizer, limit=data.limit)
+    template = None
+    positions = "all"
+    if texts is None:
+        rows = read_data(data)
+        template = template_for(opened, data, rows).name
+        longest = opened.decoder.config.max_position_embeddings
+        sequences: Sequence[Any] = prepare(_with_template(data, template), opened.tokenizer, longest=longest).examples.examples
+        positions = "labels"
+    else:
+        sequences = texts
+    if against is None:
+        result = perplexity(opened.decoder, sequences, positions=positions)
+        figures: dict[str, Any] = {"perplexity": result.perplexity, "num_tokens": result.num_tokens}
+    else:
+        parent = open_decoder(against, source)
+        comparison = compare_models(opened.decoder, parent.decoder, sequences, positions=positions)
+        figures = {
+            "perplexity": comparison.perplexity_child,
+            "num_tokens": comparison.num_tokens,
+            "kl_mean": comparison.kl_mean,
+            "kl_p99": comparison.kl_p99,
+            "greedy_agreement": comparison.greedy_agreement,
+        }
+    return EvalRecord(
+        task="perplexity", model=opened.name, data=data.source, template=template, metric="perplexity", against=against, **figures
+    )

@@ -1,0 +1,108 @@
+"""Rows to examples for a stage: reading, template, length, and the held-out texts on which a child meets its parent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from burnish.data.examples import ExampleSet, make_examples
+from burnish.data.rows import RowSet, read_rows
+from burnish.data.templates import Template, pick_template
+from burnish.data.tokenizer import Tokenizer
+from burnish.errors import ConfigError
+
+GATE_DATA = "text-to-sql:validation:64"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which rows, and how they become examples.
+
+    Attributes:
+        source: path, hub id, or text-to-sql:SPLIT[:COUNT].
+        template: "auto", "chat", "alpaca" or "sql-context".
+        columns: field -> column where the layout is not recognised.
+        max_length: longest example in tokens.
+        too_long: "drop" or "truncate" longer ones.
+        limit: use this many rows at most.
+        check_sql: leave out rows whose SQL does not run on their own schema.
+        seed: of generated rows.
+    """
+
+    source: str
+    template: str = "auto"
+    columns: Mapping[str, str] | None = None
+    max_length: int = 512
+    too_long: str = "drop"
+    limit: int | None = None
+    check_sql: bool = False
+    seed: int = 0
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ConfigError("max_length is out of range", got=self.max_length, expected="2 or more")
+        if self.too_long not in ("drop", "truncate"):
+            raise ConfigError("too_long is not known", got=repr(self.too_long), expected="drop or truncate")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError("limit is out of range", got=self.limit, expected="1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Rows with the template they are rendered by, and the examples made of them."""
+
+    rows: RowSet
+    template: Template
+    examples: ExampleSet
+
+
+def read_data(config: DataConfig) -> RowSet:
+    """The usable rows and the bad ones."""
+    return read_rows(
+        config.source,
+        columns=config.columns,
+        limit=config.limit,
+        check_sql=config.check_sql,
+        seed=config.seed,
+        offline=config.offline,
+    )
+
+
+def prepare(config: DataConfig, tokenizer: Tokenizer, *, longest: int | None = None) -> Prepared:
+    """Read rows and make examples.
+
+    Args:
+        longest: what the model can take; shortens `max_length`.
+
+    Raises:
+        DataError: nothing usable.
+    """
+    rows = read_data(config)
+    template = pick_template(config.template, tokenizer, rows)
+    limit = config.max_length if longest is None else min(config.max_length, longest)
+    examples = make_examples(
+        rows.rows, tokenizer, template, max_length=limit, too_long="truncate" if config.too_long == "truncate" else "drop"
+    )
+    return Prepared(rows=rows, template=template, examples=examples)
+
+
+def held_out(tokenizer: Tokenizer, *, data: str | None, recorded: Mapping[str, object] | None, longest: int) -> ExampleSet:
+    """Texts for a gate: the data given, else the evaluation data that the model was tuned with, else the bundled task's.
+
+    Args:
+        data: a source that the user named.
+        recorded: "data" of the model's manifest.
+    """
+    recorded = recorded or {}
+    source = data or recorded.get("eval_source") or GATE_DATA
+    template = str(recorded.get("template") or "auto")
+    columns = recorded.get("columns")
+    config = DataConfig(
+        source=str(source),
+        template=template,
+        columns=columns if isinstance(columns, Mapping) and source == recorded.get("eval_source") else None,
+        max_length=512,
+        limit=64,
+    )
+    return prepare(config, tokenizer, longest=longest).examples

@@ -1,0 +1,214 @@
+"""Opening what a user names: a model, or a model with an adapter on it, as a decoder or as an engine."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from burnish.compress.loading import load_model
+from burnish.data.tokenizer import Tokenizer
+from burnish.engine.dtype_rule import pick_dtype
+from burnish.engine.native import NativeEngine
+from burnish.engine.protocol import Engine, make_engine
+from burnish.engine.tokenizer_folder import load_tokenizer
+from burnish.errors import CheckpointError, ConfigError
+from burnish.models.checkpoint import read_config
+from burnish.models.decoder import Decoder
+from burnish.models.loading import config_of, parse_dtype, resolve_model
+from burnish.pipeline.manifest import describe_input, read_manifest
+from burnish.train.adapter import is_adapter_folder, load_adapter, read_adapter_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """How to open models: the options that every stage shares."""
+
+    dtype: str = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    revision: str | None = None
+    offline: bool = False
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        parse_dtype(self.dtype)
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError as error:
+            raise ConfigError("unknown device", got=repr(self.device), expected="cpu, cuda or cuda:N") from error
+        if kind not in ("cpu", "cuda"):
+            raise ConfigError("unknown device", got=repr(self.device), expected="cpu, cuda or cuda:N")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("there is no CUDA device here", got=self.device, remedy="Use --device cpu.")
+        if self.threads is not None:
+            if self.threads < 1:
+                raise ConfigError("threads is out of range", got=self.threads, expected="1 or more")
+            torch.set_num_threads(self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model in memory, ready to train, compare or serve.
+
+    `folder` holds the weights and the tokenizer; `name` is what the user called it; `adapter` the folder of the adapter on it.
+    """
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    folder: Path
+    name: str
+    adapter: Path | None = None
+
+    def as_input(self) -> dict[str, object]:
+        """For a manifest."""
+        return describe_input(self.folder, name=self.name)
+
+
+def required_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's tokenizer.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{folder} has no tokenizer", expected="tokenizer.json, vocab.json with merges.txt, or tokenizer.model"
+        )
+    return tokenizer
+
+
+def base_of_adapter(adapter: Path, model: str | None) -> str:
+    """The base to put an adapter on: the one given, else the one that the adapter names.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    if model is not None:
+        return model
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"{adapter} does not name its base", remedy="Name the base with --base.")
+    return str(base)
+
+
+def open_decoder(model: str, source: Source, *, adapter: str | None = None, base: str | None = None) -> Opened:
+    """Load a model; an adapter's folder stands for its base with the adapter on it.
+
+    Args:
+        model: folder, bundled name or hub id; or an adapter's folder.
+        adapter: an adapter to put on the model.
+        base: the base of the adapter that `model` names, where it is not the recorded one.
+
+    Raises:
+        CheckpointError, ConfigError: what is named is not there, is corrupt, or does not fit together.
+    """
+    if adapter is None and is_adapter_folder(model):
+        adapter, model = model, base_of_adapter(Path(model), base)
+    elif base is not None:
+        raise ConfigError("a base was given, but the model is no adapter", got=f"model {model}, base {base}")
+    folder = resolve_model(model, revision=source.revision, offline=source.offline, allow_pickle=source.allow_pickle)
+    if is_adapter_folder(folder) and not (folder / "config.json").is_file():
+        raise ConfigError(f"{model} is an adapter", expected="a base model", remedy="Give it with --adapter.")
+    hf_config = read_config(folder)
+    device = torch.device(source.device)
+    dtype = pick_dtype(
+        source.dtype,
+        num_parameters=config_of(hf_config).num_parameters(),
+        stored=parse_dtype("auto", hf_config),
+        device=device,
+    )
+    decoder = load_model(folder, dtype=dtype, device=device, allow_pickle=source.allow_pickle)
+    if adapter is not None:
+        load_adapter(decoder, Path(adapter))
+    return Opened(
+        decoder=decoder.eval(),
+        tokenizer=required_tokenizer(folder),
+        folder=folder,
+        name=model,
+        adapter=None if adapter is None else Path(adapter),
+    )
+
+
+def open_engine(
+    model: str,
+    source: Source,
+    *,
+    adapter: str | None = None,
+    engine: str = "native",
+    max_num_seqs: int = 32,
+    max_model_len: int | None = None,
+    kv_cache: bool = True,
+) -> Engine:
+    """An engine for a model, with an adapter on it if one is given or named.
+
+    Raises:
+        ConfigError: an adapter with an engine other than the native one.
+    """
+    if adapter is None and not is_adapter_folder(model):
+        return make_engine(
+            model,
+            engine=engine,
+            dtype=source.dtype,
+            device=source.device,
+            threads=source.threads,
+            revision=source.revision,
+            offline=source.offline,
+            allow_pickle=source.allow_pickle,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            kv_cache=kv_cache,
+        )
+    if engine != "native":
+        raise ConfigError("adapters run on the native engine only", got=engine, remedy="Merge it first: burnish merge ADAPTER --out DIR")
+    opened = open_decoder(model, source, adapter=adapter)
+    return engine_of(opened, max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_cache=kv_cache)
+
+
+def engine_of(
+    opened: Opened, *, max_num_seqs: int = 32, max_model_len: int | None = None, kv_cache: bool = True
+) -> NativeEngine:
+    """The native engine over a decoder that is in memory already."""
+    return NativeEngine(
+        opened.decoder,
+        tokenizer=opened.tokenizer,
+        device=opened.decoder.device,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        kv_cache=kv_cache,
+    )
+
+
+def check_output(out: str | Path, *, overwrite: bool) -> Path:
+    """The folder to write to, made now so that a wrong place fails before the work and not after it.
+
+    Raises:
+        ConfigError: it is a file, it cannot be made, or it holds something already.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file", expected="a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = "no space is left on the device" if error.errno == errno.ENOSPC else error.strerror
+        raise ConfigError(f"--out {folder} cannot be written to: {reason}") from error
+    if not overwrite and any(folder.iterdir()):
+        raise ConfigError(f"--out {folder} is not empty", remedy="Choose another folder, or add --overwrite.")
+    return folder
+
+
+def data_of(opened: Opened) -> dict[str, object] | None:
+    """What the manifest of the model (or of its adapter) says it was trained on."""
+    for folder in (opened.adapter, opened.folder):
+        manifest = read_manifest(folder) if folder is not None else None
+        if manifest and isinstance(manifest.get("data"), dict):
+            return manifest["data"]
+    return None

@@ -1,0 +1,173 @@
+"""`quantize`: a smaller child of a model, held against its parent before anyone may use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from burnish.compress.config import QuantizeConfig
+from burnish.compress.gptq_format import save_quantized
+from burnish.compress.loading import load_model
+from burnish.compress.quantize import LayerError, quantize_model
+from burnish.errors import ConfigError, DataError
+from burnish.measure.compare import compare_models
+from burnish.measure.memory import MemoryMeter
+from burnish.pipeline.disk import folder_bytes
+from burnish.pipeline.examples import DataConfig, held_out, prepare
+from burnish.pipeline.gates import QUANTIZE_LIMITS, GateLimits, GateResult, gate_error, judge
+from burnish.pipeline.manifest import plain, write_manifest
+from burnish.pipeline.opening import Opened, Source, check_output, data_of, open_decoder
+from burnish.pipeline.predicted import predicted_quantize_peak
+from burnish.pipeline.progress import Progress, silent
+
+WORST_LAYERS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeRecord:
+    """What `burnish quantize --json` prints."""
+
+    out: str
+    model: str
+    method: str
+    bits: int
+    group_size: int
+    seconds: float
+    peak_memory_bytes: int
+    predicted_peak_bytes: int | None
+    disk_bytes: int
+    bits_per_weight: float
+    calibration_tokens: int
+    calibration_source: str | None
+    layers: list[LayerError]
+    gate: GateResult
+
+
+def quantize(
+    model: str,
+    *,
+    out: str | Path,
+    config: QuantizeConfig | None = None,
+    calibration: str | None = None,
+    num_samples: int = 128,
+    template: str = "auto",
+    data: str | None = None,
+    limits: GateLimits | None = None,
+    source: Source | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> QuantizeRecord:
+    """Quantize a model's linears, write the folder, and compare what is read back with the parent.
+
+    Args:
+        model: folder, bundled name or hub id of a dense model.
+        out: folder for the child, in the common GPTQ layout.
+        config: method, bits, groups; GPTQ at 4 bits in groups of 128 when None.
+        calibration: rows to calibrate on; by default the training rows that the model's manifest names, else the
+            bundled task's training rows. Never evaluation rows.
+        num_samples: calibration examples.
+        template: how calibration rows are rendered, where the manifest does not say.
+        data: held-out rows for the gate; defaults as in `merge`.
+        limits: what the child may lose; by bits when None.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: bad input.
+        CompressionError: weights that cannot be quantized.
+        GateError: the child is worse than the limits allow; its manifest says so and names the worst layers.
+    """
+    config, source = config or QuantizeConfig(), source or Source()
+    limits = limits or QUANTIZE_LIMITS[config.bits]
+    if num_samples < 1:
+        raise ConfigError("samples is out of range", got=num_samples, expected="1 or more")
+    folder = check_output(out, overwrite=overwrite)
+    with MemoryMeter() as meter:
+        parent = open_decoder(model, source)
+        if parent.adapter is not None:
+            raise ConfigError(f"{model} is an adapter", remedy="Merge it first: burnish merge ADAPTER --out DIR")
+        longest = parent.decoder.config.max_position_embeddings
+        recorded = data_of(parent)
+        tokens, calibration_source = _calibration(parent, config, calibration, num_samples, template)
+        gate_examples = held_out(parent.tokenizer, data=data, recorded=recorded, longest=longest)
+        if calibration_source is not None and data == calibration_source:
+            raise DataError("the gate's rows are the calibration rows", got=data, remedy="Give held-out rows with --gate-data.")
+        predicted = predicted_quantize_peak(parent.decoder, config=config, num_tokens=sum(map(len, tokens or ())))
+        child = load_model(parent.folder, dtype=parent.decoder.dtype, device=source.device, allow_pickle=source.allow_pickle)
+        total = len(_linears(child))
+        done: list[str] = []
+
+        def on_layer(name: str, error: float, seconds: float) -> None:
+            done.append(name)
+            progress(f"Quantizing to {config.bits} bits", len(done), total, f"{name.removeprefix('model.layers.')} {error:.4f}")
+
+        result = quantize_model(child, tokens, config, on_layer=on_layer)
+        save_quantized(child, folder, source=parent.folder, config=config)
+        del child
+        stored = load_model(folder, dtype=parent.decoder.dtype, device=source.device)
+        gate = judge(compare_models(stored, parent.decoder, gate_examples.examples), limits)
+    record = QuantizeRecord(
+        out=str(folder),
+        model=model,
+        method=config.method,
+        bits=config.bits,
+        group_size=config.group_size,
+        seconds=meter.reading().seconds,
+        peak_memory_bytes=meter.growth_bytes,
+        predicted_peak_bytes=predicted,
+        disk_bytes=folder_bytes(folder),
+        bits_per_weight=result.bits_per_weight,
+        calibration_tokens=result.calibration_tokens,
+        calibration_source=calibration_source,
+        layers=list(result.layers),
+        gate=gate,
+    )
+    write_manifest(
+        folder,
+        kind="quantized",
+        inputs={"model": parent.as_input()},
+        config=plain(config),
+        data=recorded,
+        figures=plain(record),
+        gate=plain(gate),
+        tokenizer=parent.tokenizer,
+    )
+    if not gate.passed:
+        raise gate_error(f"the {config.bits}-bit model {folder}", gate, remedy=_remedy(config, result.layers))
+    return record
+
+
+def _calibration(
+    parent: Opened, config: QuantizeConfig, calibration: str | None, num_samples: int, template: str
+) -> tuple[list[list[int]] | None, str | None]:
+    """Token sequences to calibrate on and where they come from; None for a method that needs none."""
+    if config.method == "rtn":
+        if calibration is not None:
+            raise ConfigError("rtn takes no calibration data", got=calibration, remedy="Use --method gptq.")
+        return None, None
+    recorded = data_of(parent) or {}
+    chosen = calibration or recorded.get("source") or "text-to-sql:train"
+    columns = recorded.get("columns") if chosen == recorded.get("source") else None
+    rows = DataConfig(
+        source=str(chosen),
+        template=str(recorded.get("template") or template),
+        columns=columns if isinstance(columns, dict) else None,
+        limit=num_samples,
+    )
+    prepared = prepare(rows, parent.tokenizer, longest=parent.decoder.config.max_position_embeddings)
+    return [list(example.tokens) for example in prepared.examples.examples], str(chosen)
+
+
+def _linears(decoder: torch.nn.Module) -> list[str]:
+    return [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in f".{name}"]
+
+
+def _remedy(config: QuantizeConfig, layers: tuple[LayerError, ...]) -> str:
+    worst = sorted(layers, key=lambda layer: layer.error, reverse=True)[:WORST_LAYERS]
+    named = ", ".join(f"{layer.name} ({layer.error:.3f})" for layer in worst)
+    advice = ["more --bits", "a smaller --group-size"]
+    if config.method == "rtn":
+        advice.insert(0, "--method gptq")
+    elif not config.activation_order:
+        advice.append("--act-order")
+    return f"Worst layers: {named}. Try {', '.join(advice)}."

@@ -1,0 +1,1 @@
+"""Memory and time, predicted before anything runs. No torch in this room."""

@@ -1,0 +1,36 @@
+"""What a stage costs beyond its tensors: figures that only measuring gives, each with what it stands for.
+
+CPU figures are growth of the resident set of a process on Linux with the constrained versions, on a model of a few
+million parameters, where they are most of what is seen.
+"""
+
+from __future__ import annotations
+
+MIB = 2**20
+
+RUNTIME_CPU = 330 * MIB
+"""Resident set of Python with torch, tokenizers and burnish imported, before a model is loaded."""
+
+RUNTIME_CUDA = 550 * MIB
+"""CUDA context, loaded kernels and the matrix library's workspace on the card."""
+
+FIRST_USE_CPU = {
+    "load": 8 * MIB,
+    "generate": 40 * MIB,
+    "train": 70 * MIB,
+    "quantize": 40 * MIB,
+    "merge": 20 * MIB,
+}
+"""Code pages, thread pools and primitives that a stage touches for the first time, and what the allocator keeps."""
+
+HESSIAN_COPIES = 5
+"""(I, I) float32 matrices alive in GPTQ: the Hessian, damped, reversed, its Cholesky factor, the factor's inverse."""
+
+WEIGHT_COPIES = 4
+"""(O, I) float32 matrices alive while one linear is quantized: the transposed weight, corrections, error, product."""
+
+ADAM_BYTES = 8
+"""Two float32 moments per trained number (Loshchilov and Hutter, 2017, arXiv:1711.05101)."""
+
+GRADIENT_BYTES = 4
+"""Gradients of trained numbers are float32."""

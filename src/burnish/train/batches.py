@@ -1,0 +1,103 @@
+"""Which rows make which optimizer step, and their tensors. Everything here is a function of the seed.
+
+Rows of a step are chosen before the step is cut into micro-batches, so that the micro-batch size never changes what is
+learned.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from burnish.train.losses import IGNORED_LABEL
+
+# B rows, T tokens
+
+Ordering = Literal["grouped", "shuffled", "given"]
+ORDERINGS: tuple[str, ...] = get_args(Ordering)
+GROUP_STEPS = 32  # rows of that many steps are sorted by length together; enough to remove nearly all padding
+
+
+class TrainingExample(Protocol):
+    """A row as token ids and labels of the same length; the label of a token to be learned is that token, else -100."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+    @property
+    def labels(self) -> Sequence[int]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch, right-padded.
+
+    Attributes:
+        tokens_BT: int64 input ids. The last token of a row predicts nothing and is left out.
+        labels_BT: int64, the token after each position, -100 where it is not learned.
+        num_tokens: real tokens of the rows, without padding.
+        num_labels: positions that are learned.
+    """
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    num_tokens: int
+    num_labels: int
+
+
+def count_labels(example: TrainingExample) -> int:
+    """Tokens of the row that are learned; the first token has no predecessor and never counts."""
+    return sum(label != IGNORED_LABEL for label in example.labels[1:])
+
+
+def step_rows(lengths: Sequence[int], *, rows_per_step: int, ordering: str, seed: int, epoch: int) -> list[list[int]]:
+    """Row numbers of each step of one epoch, longest row of a step first.
+
+    "shuffled" draws steps at random; "grouped" also sorts runs of `GROUP_STEPS` steps by length, so that rows of a step
+    are about equally long, and then shuffles the steps; "given" keeps the order of the data. The last step of the data
+    may be short.
+    """
+    rows = list(range(len(lengths)))
+    source = random.Random(f"{seed}/{epoch}")
+    if ordering != "given":
+        source.shuffle(rows)
+    if ordering == "grouped":
+        span = rows_per_step * GROUP_STEPS
+        rows = [
+            row
+            for start in range(0, len(rows), span)
+            for row in sorted(rows[start : start + span], key=lambda row: (lengths[row], row))
+        ]
+    steps = [rows[start : start + rows_per_step] for start in range(0, len(rows), rows_per_step)]
+    if ordering == "grouped":
+        source.shuffle(steps)
+    return [sorted(step, key=lambda row: (-lengths[row], row)) for step in steps]
+
+
+def endless_steps(lengths: Sequence[int], *, rows_per_step: int, ordering: str, seed: int) -> Iterator[list[int]]:
+    """`step_rows` epoch after epoch."""
+    epoch = 0
+    while True:
+        yield from step_rows(lengths, rows_per_step=rows_per_step, ordering=ordering, seed=seed, epoch=epoch)
+        epoch += 1
+
+
+def collate(examples: Sequence[TrainingExample], *, device: torch.device | str) -> Batch:
+    """Pad rows on the right, where causal attention never looks; padding's labels are masked, its ids are 0."""
+    width = max(len(example.tokens) for example in examples) - 1
+    tokens, labels = [], []
+    for example in examples:
+        pad = width - len(example.tokens) + 1
+        tokens.append([*example.tokens[:-1], *[0] * pad])
+        labels.append([*example.labels[1:], *[IGNORED_LABEL] * pad])
+    return Batch(
+        tokens_BT=torch.tensor(tokens, dtype=torch.int64, device=device),
+        labels_BT=torch.tensor(labels, dtype=torch.int64, device=device),
+        num_tokens=sum(len(example.tokens) for example in examples),
+        num_labels=sum(count_labels(example) for example in examples),
+    )

@@ -1,0 +1,259 @@
+"""Low-rank adapters: which linears carry one, how it starts, and how it is taken off again.
+
+Hu et al., 2021, arXiv:2106.09685; rank-stabilised scaling from Kalajdzievski, 2023, arXiv:2312.03732. The decoder knows
+nothing of this: a `LoraLinear` takes the place of a linear, dense or quantized. Files are in `adapter.py`, the
+arithmetic in `lora_function.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from burnish.errors import ConfigError
+from burnish.models.linears import get_module, set_module
+from burnish.train.lora_function import lora_linear
+from burnish.train.peft_names import fused_groups
+
+# R rank, I in features, O out features
+
+ALL_LINEAR = "all-linear"
+BLOCK_PREFIX = "model.layers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """What an adapter looks like.
+
+    Attributes:
+        rank: columns of B and rows of A.
+        alpha: the product B A is scaled by alpha / rank.
+        dropout: share of the adapter's inputs zeroed while training.
+        target_modules: roles ("q_proj", "down_proj", "lm_head", ...), or "all-linear" for every linear of the blocks.
+        rank_stabilized: scale by alpha / sqrt(rank) instead.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = ALL_LINEAR
+    rank_stabilized: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError("LoRA rank is out of range", got=self.rank, expected="at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("LoRA dropout is out of range", got=self.dropout, expected="0 up to, not including, 1")
+        if isinstance(self.target_modules, str):
+            if self.target_modules != ALL_LINEAR:
+                object.__setattr__(self, "target_modules", (self.target_modules,))
+        elif not self.target_modules:
+            raise ConfigError("target_modules is empty", expected=f'roles such as "q_proj", or "{ALL_LINEAR}"')
+        else:
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear plus scale * B A.
+
+    Args:
+        base: `nn.Linear`, or any module with `in_features`, `out_features` and forward, such as a quantized linear; it
+            is frozen. Its forward has to be differentiable in its input.
+        config: rank, scale and dropout.
+        a_RI: use this tensor as A (adapters of one fused group share it); a fresh zero tensor otherwise.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(self, base: nn.Module, config: LoraConfig, *, a_RI: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.in_features = int(base.in_features)  # type: ignore[arg-type]
+        self.out_features = int(base.out_features)  # type: ignore[arg-type]
+        self.config = config
+        self.scale = config.scale
+        device = next(iter([*base.parameters(), *base.buffers()])).device
+        if a_RI is None:
+            a_RI = nn.Parameter(torch.zeros(config.rank, self.in_features, dtype=torch.float32, device=device))
+        self.lora_A = a_RI
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        dropout = self.config.dropout if self.training else 0.0
+        if isinstance(self.base, nn.Linear) and not dropout:
+            dtype = x.dtype
+            if torch.is_autocast_enabled(x.device.type):
+                dtype = torch.get_autocast_dtype(x.device.type)
+            return lora_linear(
+                x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, scale=self.scale, dtype=dtype
+            )
+        out = self.base(x)
+        low_x = torch.dropout(x, dropout, True) if dropout else x
+        low_x = nn.functional.linear(low_x.to(out.dtype), self.lora_A.to(out.dtype))
+        return out + nn.functional.linear(low_x, self.lora_B.to(out.dtype)) * self.scale
+
+    def merged_weight(self) -> Tensor:
+        """(out, in) dense weight with the adapter in it, summed in float32, in the base weight's dtype.
+
+        Raises:
+            ConfigError: the base is quantized.
+        """
+        if not isinstance(self.base, nn.Linear):
+            raise quantized_merge_error("a linear", self.base)
+        weight_OI = self.base.weight.detach()
+        merged = torch.addmm(weight_OI.float(), self.lora_B.detach(), self.lora_A.detach(), alpha=self.scale)
+        return merged.to(weight_OI.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.config.rank}, scale={self.scale:g}, dropout={self.config.dropout:g}"
+
+
+def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of every linear, dense or quantized, in the model's order; a carried adapter counts as one."""
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        if isinstance(module, (nn.Linear, LoraLinear)) or (
+            hasattr(module, "in_features") and hasattr(module, "out_features")
+        ):
+            inside = name + "."
+            yield name, module
+
+
+def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
+    """The linears that carry an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every A and B once, in the model's order (an A shared by a fused group is listed once)."""
+    seen: dict[int, nn.Parameter] = {}
+    for module in lora_modules(model).values():
+        for parameter in (module.lora_A, module.lora_B):
+            seen.setdefault(id(parameter), parameter)
+    return list(seen.values())
+
+
+def choose_targets(model: nn.Module, target_modules: tuple[str, ...] | str) -> list[str]:
+    """Names of the linears that `target_modules` asks for.
+
+    Raises:
+        ConfigError: a role that no linear of the model has.
+    """
+    names = [name for name, _ in named_linears(model)]
+    if target_modules == ALL_LINEAR:
+        chosen = [name for name in names if name.startswith(BLOCK_PREFIX)]
+        if not chosen:
+            raise ConfigError(f'"{ALL_LINEAR}" found no linear under {BLOCK_PREFIX}*', got=", ".join(names) or "none")
+        return chosen
+    roles = sorted({name.rpartition(".")[2] for name in names})
+    for target in target_modules:
+        if target not in roles:
+            close = difflib.get_close_matches(target, roles, n=1)
+            raise ConfigError(
+                "no linear has the target role",
+                got=repr(target),
+                expected=", ".join([*roles, ALL_LINEAR]),
+                remedy=f'Did you mean "{close[0]}"?' if close else None,
+            )
+    return [name for name in names if name.rpartition(".")[2] in target_modules]
+
+
+def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int) -> list[str]:
+    """Put a fresh adapter on the chosen linears and freeze everything else.
+
+    A starts uniform in +-1/sqrt(in_features) (the kaiming-uniform of a plain linear), drawn in the model's order from
+    one generator; B starts at zero, so the model's outputs do not change. Where a family's checkpoint fuses several of
+    the chosen linears into one matrix, they share A: that is what one adapter on the fused matrix is.
+
+    Args:
+        model: changed in place.
+        config: rank, scale, dropout and targets.
+        seed: seeds A.
+
+    Returns:
+        Names of the linears that carry an adapter now.
+
+    Raises:
+        ConfigError: an unknown role, or the model carries an adapter already.
+    """
+    names = choose_targets(model, config.target_modules)
+    place_adapters(model, config, names)
+    generator = torch.Generator().manual_seed(seed)
+    started: set[int] = set()
+    for module in lora_modules(model).values():
+        if id(module.lora_A) not in started:
+            started.add(id(module.lora_A))
+            bound = 1 / math.sqrt(module.in_features)
+            fresh = torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
+            with torch.no_grad():
+                module.lora_A.copy_(fresh)
+    return names
+
+
+def place_adapters(model: nn.Module, config: LoraConfig, names: list[str]) -> None:
+    """Swap zero adapters in at `names`, share A within fused groups, and freeze all other parameters.
+
+    Raises:
+        ConfigError: the model carries an adapter already.
+    """
+    if lora_modules(model):
+        raise ConfigError(
+            "the model carries an adapter already", remedy="Merge it first, or load the base without an adapter."
+        )
+    model.requires_grad_(False)
+    group_of = {name: group for group in fused_groups(model) for name in group}
+    shared: dict[tuple[str, ...], nn.Parameter] = {}
+    for name in names:
+        group = group_of.get(name)
+        linear = get_module(model, name)
+        module = LoraLinear(linear, config, a_RI=None if group is None else shared.get(group))
+        if group is not None:
+            shared[group] = module.lora_A
+        set_module(model, name, module.train(linear.training))
+
+
+def merge_adapter(model: nn.Module) -> list[str]:
+    """Add every adapter to its base weight (summed in float32) and put the plain linears back, in place.
+
+    Returns:
+        Names of the linears that were merged.
+
+    Raises:
+        ConfigError: the model carries no adapter, or one over quantized weights; nothing is changed then.
+    """
+    modules = lora_modules(model)
+    if not modules:
+        raise ConfigError("the model carries no adapter to merge")
+    for name, module in modules.items():
+        if not isinstance(module.base, nn.Linear):
+            raise quantized_merge_error(name, module.base)
+    for name, module in modules.items():
+        linear = module.base
+        assert isinstance(linear, nn.Linear)
+        with torch.no_grad():
+            linear.weight.copy_(module.merged_weight())
+        set_module(model, name, linear)
+    return list(modules)
+
+
+def quantized_merge_error(name: str, base: nn.Module) -> ConfigError:
+    """Why an adapter over this base cannot be merged, and what to do."""
+    return ConfigError(
+        f"the adapter of {name} cannot be merged into quantized weights",
+        got=type(base).__name__,
+        remedy="Load the original, unquantized base with the adapter, merge there, then quantize the result.",
+    )
