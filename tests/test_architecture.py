@@ -88,7 +88,9 @@ def test_source_files_stay_small() -> None:
 
 
 def test_no_file_is_a_drawer_for_odds_and_ends() -> None:
-    drawers = [path for path in source_files() if path.stem.strip("_") in {"utils", "util", "helpers", "helper", "misc"}]
+    drawers = [
+        path for path in source_files() if path.stem.strip("_") in {"utils", "util", "helpers", "helper", "misc"}
+    ]
     assert not drawers
 
 

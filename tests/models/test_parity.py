@@ -88,6 +88,14 @@ def test_saved_folder_loads_in_transformers_with_equal_logits(
             assert torch.equal(load_decoder(folder)(tiny.tokens_BT), decoder(tiny.tokens_BT))
 
 
+def test_falcon_rw_rounds_its_bias_as_transformers_over_long_texts(tiny_model: Callable[[str], Any]) -> None:
+    tiny = tiny_model("falcon-rw")
+    tokens_BT = torch.randint(1, 101, (1, 500), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = tiny.model(tokens_BT, use_cache=False).logits
+        assert (load_decoder(tiny.folder)(tokens_BT) - expected).abs().max() < TOLERANCE
+
+
 def test_state_dict_has_exactly_the_parameters_of_the_config(tiny: Any) -> None:
     decoder = load_decoder(tiny.folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}

@@ -31,6 +31,9 @@ def test_join_undoes_split_along_either_dimension(rows: Rows, dim: int) -> None:
     parts = rows.split(fused, dim=dim)
     assert [part.shape[dim] for part in parts] == [rows.rows_of(part) for part in range(rows.num_parts)]
     assert torch.equal(rows.join(parts, dim=dim), fused)
+    targets = [torch.empty_like(part).contiguous() for part in parts]
+    rows.split_into(fused, targets, dim=dim)
+    assert all(torch.equal(target, part) for target, part in zip(targets, parts))
 
 
 def test_split_follows_the_order_of_blocks_per_repeat() -> None:

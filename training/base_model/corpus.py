@@ -1,4 +1,7 @@
-"""Text for the base model: schemas, prose about their rows, and SQL scripts with comments. No questions, no instructions.
+"""Text for the base model: schemas, prose about their rows, SQL scripts with comments, lists of questions. No answers.
+
+Questions stand in lists of their own, so the base knows how people ask and that a question follows a question; it never
+sees one answered, nor the chat form.
 
 Tables and columns are named from word lists and from invented words, values are invented names, so the only way to predict
 a query is to read the schema and the comment above it. No table name, and no column name but the few that the task
@@ -11,6 +14,7 @@ import random
 from collections.abc import Iterator
 
 from burnish.data.text_to_sql import domains
+from burnish.data.text_to_sql.generate import question_of
 from burnish.data.text_to_sql.queries import draw_draft
 from burnish.data.text_to_sql.schema import Column, Database, Table, TableKind, draw_code, draw_database, parse_worlds
 
@@ -202,10 +206,25 @@ def prose(database: Database, rng: random.Random) -> str:
     return "\n".join(parts)
 
 
-def documents(seed: int) -> Iterator[str]:
-    """Documents without end."""
-    rng = random.Random(f"burnish-base/{seed}")
+def questions(database: Database, rng: random.Random) -> str:
+    """A schema and a list of questions about it."""
+    name = database.tables[0].plural
+    heads = ("Questions", "Questions:", "What people ask:", f"Some questions about {name}", f"Questions about the {name}:", "")
+    mark = rng.choice(("- ", "* ", "", "", "", "{}. ", "{}) "))
+    asked = [question_of(draw_draft(database, rng), rng) for _ in range(rng.randint(4, 8))]
+    lines = [mark.format(number) + question for number, question in enumerate(asked, start=1)]
+    head = rng.choice(heads)
+    gap = rng.choice(("\n", "\n\n"))
+    return gap.join([database.schema, *([head] if head else []), rng.choice(("\n", "\n", "\n\n")).join(lines)])
+
+
+def documents(seed: int, *, question_share: float = 0.0) -> Iterator[str]:
+    """Documents without end; this share of them are lists of questions."""
+    rng = random.Random(f"burnish-base/{seed}/{question_share}" if question_share else f"burnish-base/{seed}")
     words = InventedWords()
     while True:
         database = draw_database(draw_world(rng), num_tables=2 if rng.random() < 0.35 else 1, words=words, rng=rng)
-        yield script(database, rng) if rng.random() < 0.85 else prose(database, rng)
+        if rng.random() < question_share:
+            yield questions(database, rng)
+        else:
+            yield script(database, rng) if rng.random() < 0.85 else prose(database, rng)

@@ -38,16 +38,20 @@ CONFIG = ModelConfig(
     head_dim=64, rotary_dim=64, max_position_embeddings=1024, norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, eos_ids=(5,),
 )  # fmt: skip
 IGNORED = -100  # labels that do not count
+QUESTIONS_FROM = 1750  # batches of scripts and prose before lists of questions join them
+QUESTION_SHARE = 0.2
 STEP = 48  # document lengths are filled up to a multiple of this
 
 
 def batches(tokenizer: Tokenizer, *, tokens: int, seed: int) -> Iterator[Tensor]:
     """(rows, length) token ids of about `tokens` in all: one document a row with end-of-text after it, filled up with
     `IGNORED` to a multiple of `STEP`. Documents of like length go together, and few shapes occur, which keeps kernels warm.
+    Lists of questions come in after `QUESTIONS_FROM` batches, once the rest has begun to make sense.
     """
     end = tokenizer.token_to_id("<|endoftext|>")
     source = documents(seed)
     waiting: dict[int, list[list[int]]] = {}
+    count = 0
     while True:
         texts = [next(source) for _ in range(256)]
         for encoding in tokenizer.encode_batch_fast(texts):
@@ -58,6 +62,9 @@ def batches(tokenizer: Tokenizer, *, tokens: int, seed: int) -> Iterator[Tensor]
             if len(bucket) == max(1, tokens // length):
                 yield torch.tensor(bucket)
                 bucket.clear()
+                count += 1
+                if count == QUESTIONS_FROM:
+                    source = documents(seed, question_share=QUESTION_SHARE)
 
 
 def commented_queries(tokenizer: Tokenizer, count: int) -> list[tuple[list[int], list[int]]]:
@@ -68,7 +75,7 @@ def commented_queries(tokenizer: Tokenizer, count: int) -> list[tuple[list[int],
     for _ in range(count):
         database = draw_database(rng.choice(worlds), num_tables=rng.choice((1, 1, 2)), words=words, rng=rng)
         draft = draw_draft(database, rng)
-        head, tail = f"{database.schema}\n\n-- {draft.phrase}\n", f"{draft.sql};\n"
+        head, tail = f"{database.schema}\n\n-- {draft.phrase}\n", f"{draft.sql};"
         pairs.append((tokenizer.encode(head).ids, tokenizer.encode(tail).ids))
     return pairs
 

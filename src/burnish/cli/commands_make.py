@@ -200,6 +200,6 @@ def synth(
 def _limits(default: Any, max_kl: float | None, min_agreement: float | None) -> Any:
     return replace(
         default,
-        max_kl=default.max_kl if max_kl is None else max_kl,
-        min_agreement=default.min_agreement if min_agreement is None else min_agreement,
+        max_kl_mean=default.max_kl_mean if max_kl is None else max_kl,
+        min_greedy_agreement=default.min_greedy_agreement if min_agreement is None else min_agreement,
     )

@@ -33,8 +33,8 @@ def _memory(peak: int, predicted: int | None) -> str:
 def _gate(gate: GateResult) -> list[tuple[str, str]]:
     return [
         ("gate", gate.verdict),
-        ("KL to parent", f"{format_divergence(gate.kl_mean)} nats/token (limit {gate.limits.max_kl:g}; 99th percentile {format_divergence(gate.kl_p99)})"),
-        ("greedy agreement", f"{format_share(gate.greedy_agreement, digits=2)} of {format_count(gate.num_tokens)} tokens (limit {format_share(gate.limits.min_agreement)})"),
+        ("KL to parent", f"{format_divergence(gate.kl_mean)} nats/token (limit {gate.limits.max_kl_mean:g}; 99th percentile {format_divergence(gate.kl_p99)})"),
+        ("greedy agreement", f"{format_share(gate.greedy_agreement, digits=2)} of {format_count(gate.num_tokens)} tokens (limit {format_share(gate.limits.min_greedy_agreement)})"),
         ("perplexity", f"{gate.perplexity_child:.4g} (parent {gate.perplexity_parent:.4g})"),
     ]  # fmt: skip
 

@@ -206,14 +206,16 @@ class GroupQuantizedLinear(nn.Module):
         if rows >= self.out_features:
             return F.linear(x, self._slab(0, self.out_features, x.dtype))
         y = x.new_empty(*x.shape[:-1], self.out_features)
+        scratch_RN = x.new_empty(rows, self.in_features)
         for first in range(0, self.out_features, rows):
             last = min(first + rows, self.out_features)
-            y[..., first:last] = F.linear(x, self._slab(first, last, x.dtype))
+            y[..., first:last] = F.linear(x, self._slab(first, last, x.dtype, scratch_RN=scratch_RN))
         return y
 
-    def _slab(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows first..last of the weight in `dtype`, columns sorted by group: (rows, in)."""
-        weight_RN = self._held("centred")[first:last].to(dtype)
+    def _slab(self, first: int, last: int, dtype: torch.dtype, *, scratch_RN: Tensor | None = None) -> Tensor:
+        """Rows first..last of the weight in `dtype`, columns sorted by group: (rows, in), in `scratch_RN` if given."""
+        centred_RN = self._held("centred")[first:last]
+        weight_RN = centred_RN.to(dtype) if scratch_RN is None else scratch_RN[: last - first].copy_(centred_RN)
         scales_RG = self._held("group_scales")[first:last].to(dtype)
         width = group_width(self.in_features, self.group_size)
         groups = scales_RG.shape[1]

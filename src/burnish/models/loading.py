@@ -161,8 +161,12 @@ def fill_decoder(decoder: Decoder, reader: TensorReader, *, device: torch.device
     for name in list(expected):
         _materialise(decoder, name, device)
     filled = decoder.state_dict()
-    for hf_name, placement in plan.items():
-        _read(reader, hf_name, placement, [filled[target] for target in placement.targets])
+    # One buffer for all fused tensors: freed ones of many sizes would stay with the process as holes in its heap.
+    num_bytes = max((reader.info(name).num_bytes for name in plan if not _is_direct(plan[name])), default=0)
+    scratch = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    with torch.no_grad():
+        for hf_name, placement in plan.items():
+            _read(reader, hf_name, placement, [filled[target] for target in placement.targets], scratch)
 
 
 def _plan_reads(
@@ -206,25 +210,25 @@ def _check_shape(info: TensorInfo, placement: Placement, targets: list[Tensor]) 
         )
 
 
-def _read(reader: TensorReader, hf_name: str, placement: Placement, targets: list[Tensor]) -> None:
-    with torch.no_grad():
-        if not placement.transposed and placement.rows is None:
-            reader.read_into(hf_name, targets[0])
-            return
-        fused = reader.read(hf_name)
-        if placement.transposed:
-            fused = fused.t()
-        dim = out_dim(placement.suffix)
-        if placement.rows is None or dim is None:
-            parts = [fused] * len(targets)
-        else:
-            parts = placement.rows.split(fused, dim=dim, name=hf_name)
-        for target, part in zip(targets, parts):
-            if target.shape != part.shape:
-                raise CheckpointError(
-                    f"{hf_name} does not divide as config.json says", got=list(part.shape), expected=list(target.shape)
-                )
-            target.copy_(part)
+def _read(reader: TensorReader, hf_name: str, placement: Placement, targets: list[Tensor], scratch: Tensor) -> None:
+    if _is_direct(placement):
+        reader.read_into(hf_name, targets[0])
+        return
+    info = reader.info(hf_name)
+    fused = scratch[: info.num_bytes].view(info.dtype).view(info.shape)
+    reader.read_into(hf_name, fused)
+    if placement.transposed:
+        fused = fused.t()
+    dim = out_dim(placement.suffix)
+    if placement.rows is None or dim is None:
+        for target in targets:
+            target.copy_(fused)
+    else:
+        placement.rows.split_into(fused, targets, dim=dim, name=hf_name)
+
+
+def _is_direct(placement: Placement) -> bool:
+    return placement.rows is None and not placement.transposed
 
 
 def _materialise(decoder: nn.Module, name: str, device: torch.device) -> None:

@@ -25,7 +25,7 @@ False for every other suffix. Cut after transposing, transpose after joining.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,17 +77,26 @@ class Rows:
         Raises:
             CheckpointError: a block does not fill whole elements.
         """
+        parts: dict[int, Any] = {}
+        for part, piece in self._pieces(fused, dim, name):
+            parts[part] = piece.reshape(*piece.shape[:dim], -1, *piece.shape[dim + 2 :])
+        return [parts[part] for part in sorted(parts)]
+
+    def split_into(self, fused: Any, targets: Sequence[Any], *, dim: int = 0, name: str = "a fused tensor") -> None:
+        """Cut a torch tensor straight into contiguous `targets`, without a copy in between; else as `split`."""
+        for part, piece in self._pieces(fused, dim, name):
+            targets[part].view(piece.shape).copy_(piece)
+
+    def _pieces(self, fused: Any, dim: int, name: str) -> Iterator[tuple[int, Any]]:
+        """Each block as a view (..., repeats, count, ...)."""
         size = fused.shape[dim]
         before, after = tuple(fused.shape[:dim]), tuple(fused.shape[dim + 1 :])
         counts = [self._elements(count, size, name) for _, count in self.blocks]
         grouped = fused.reshape(*before, self.repeats, sum(counts), *after)
-        parts: dict[int, Any] = {}
         start = 0
         for (part, _), count in zip(self.blocks, counts):
-            index = (slice(None),) * (dim + 1) + (slice(start, start + count),)
-            parts[part] = grouped[index].reshape(*before, self.repeats * count, *after)
+            yield part, grouped[(slice(None),) * (dim + 1) + (slice(start, start + count),)]
             start += count
-        return [parts[part] for part in sorted(parts)]
 
     def join(self, parts: Sequence[Any], *, dim: int = 0, name: str = "a fused tensor") -> Any:
         """The inverse of `split`, for torch tensors: one new tensor of the parts' dtype and device.

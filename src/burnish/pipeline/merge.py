@@ -9,12 +9,12 @@ import torch
 
 from burnish.compress.loading import load_model
 from burnish.errors import ConfigError
-from burnish.measure.compare import compare_models
+from burnish.measure.compare import GateLimits, compare_models
 from burnish.measure.memory import MemoryMeter
 from burnish.models.loading import parse_dtype, save_decoder
 from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import held_out
-from burnish.pipeline.gates import MERGE_LIMITS, GateLimits, GateResult, gate_error, judge
+from burnish.pipeline.gates import MERGE_LIMITS, GateResult, gate_error, judge
 from burnish.pipeline.manifest import describe_input, plain, write_manifest
 from burnish.pipeline.opening import Source, check_output, data_of, open_decoder
 from burnish.pipeline.predicted import predicted_merge_peak

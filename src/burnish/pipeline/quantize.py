@@ -12,17 +12,15 @@ from burnish.compress.gptq_format import save_quantized
 from burnish.compress.loading import load_model
 from burnish.compress.quantize import LayerError, quantize_model
 from burnish.errors import ConfigError, DataError
-from burnish.measure.compare import compare_models
+from burnish.measure.compare import GateLimits, compare_models
 from burnish.measure.memory import MemoryMeter
 from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import DataConfig, held_out, prepare
-from burnish.pipeline.gates import QUANTIZE_LIMITS, GateLimits, GateResult, gate_error, judge
+from burnish.pipeline.gates import QUANTIZE_LIMITS, GateResult, gate_error, judge
 from burnish.pipeline.manifest import plain, write_manifest
 from burnish.pipeline.opening import Opened, Source, check_output, data_of, open_decoder
 from burnish.pipeline.predicted import predicted_quantize_peak
 from burnish.pipeline.progress import Progress, silent
-
-WORST_LAYERS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,7 @@ def quantize(
         save_quantized(child, folder, source=parent.folder, config=config)
         del child
         stored = load_model(folder, dtype=parent.decoder.dtype, device=source.device)
-        gate = judge(compare_models(stored, parent.decoder, gate_examples.examples), limits)
+        gate = judge(compare_models(stored, parent.decoder, gate_examples.examples), limits, layers=result.layers)
     record = QuantizeRecord(
         out=str(folder),
         model=model,
@@ -133,7 +131,7 @@ def quantize(
         tokenizer=parent.tokenizer,
     )
     if not gate.passed:
-        raise gate_error(f"the {config.bits}-bit model {folder}", gate, remedy=_remedy(config, result.layers))
+        raise gate_error(f"the {config.bits}-bit model {folder}", gate, remedy=_remedy(config))
     return record
 
 
@@ -162,12 +160,10 @@ def _linears(decoder: torch.nn.Module) -> list[str]:
     return [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in f".{name}"]
 
 
-def _remedy(config: QuantizeConfig, layers: tuple[LayerError, ...]) -> str:
-    worst = sorted(layers, key=lambda layer: layer.error, reverse=True)[:WORST_LAYERS]
-    named = ", ".join(f"{layer.name} ({layer.error:.3f})" for layer in worst)
+def _remedy(config: QuantizeConfig) -> str:
     advice = ["more --bits", "a smaller --group-size"]
     if config.method == "rtn":
         advice.insert(0, "--method gptq")
     elif not config.activation_order:
         advice.append("--act-order")
-    return f"Worst layers: {named}. Try {', '.join(advice)}."
+    return f"Try {', '.join(advice)}."

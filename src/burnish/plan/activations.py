@@ -13,6 +13,9 @@ from burnish.plan.weights import block_linears
 LOGITS_CHUNK_BYTES = 64 * 2**20  # float32 logits that the loss computes at once
 LOGITS_MIN_POSITIONS = 64
 LOGITS_COPIES = 2  # the chunk itself and its gradient
+COMPARED_TOKENS = 2048  # tokens per forward when a child is compared with its parent
+COMPARED_POSITIONS = 128  # of those, positions whose logits exist at once
+COMPARED_COPIES = 5  # float32 (positions, V): both sides' logits and log-probabilities, and their difference
 SOFTCAP_SCORE_BYTES = 8  # per query, key and head where scores are bounded, which no fused kernel does
 
 
@@ -97,3 +100,9 @@ def loss_workspace(config: ModelConfig, *, tokens: int, dtype_bytes: int) -> int
     positions = min(tokens, max(LOGITS_MIN_POSITIONS, LOGITS_CHUNK_BYTES // (4 * config.vocab_size)))
     per_position = 4 * LOGITS_COPIES + (dtype_bytes if dtype_bytes != 4 else 0)
     return positions * config.vocab_size * per_position
+
+
+def comparison_workspace(config: ModelConfig, *, dtype_bytes: int) -> int:
+    """What comparing two models over held-out text needs beside their weights."""
+    logits = 4 * COMPARED_COPIES * COMPARED_POSITIONS * config.vocab_size
+    return logits + working_set(config, tokens=COMPARED_TOKENS, dtype_bytes=dtype_bytes, gradients=False)

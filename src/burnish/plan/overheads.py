@@ -8,20 +8,27 @@ from __future__ import annotations
 
 MIB = 2**20
 
-RUNTIME_CPU = 330 * MIB
+RUNTIME_CPU = 230 * MIB
 """Resident set of Python with torch, tokenizers and burnish imported, before a model is loaded."""
 
 RUNTIME_CUDA = 550 * MIB
 """CUDA context, loaded kernels and the matrix library's workspace on the card."""
 
 FIRST_USE_CPU = {
-    "load": 8 * MIB,
-    "generate": 40 * MIB,
-    "train": 70 * MIB,
+    "load": 4 * MIB,
+    "generate": 25 * MIB,
+    "train": 58 * MIB,
     "quantize": 40 * MIB,
     "merge": 20 * MIB,
 }
-"""Code pages, thread pools and primitives that a stage touches for the first time, and what the allocator keeps."""
+"""Code pages, thread pools and primitives that a stage touches for the first time."""
+
+ALLOCATOR_LAYERS = 2.5
+"""What the C library's allocator keeps of freed tensors, in units of one layer's activations. It gives blocks of 32 MiB and
+more back at once, so that this stops growing there; with a fixed MALLOC_MMAP_THRESHOLD_ it would be about 0."""
+
+ALLOCATOR_LIMIT = 512 * MIB
+"""Most that the allocator was seen to keep."""
 
 HESSIAN_COPIES = 5
 """(I, I) float32 matrices alive in GPTQ: the Hessian, damped, reversed, its Cholesky factor, the factor's inverse."""

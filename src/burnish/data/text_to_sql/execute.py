@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 MAX_ROWS = 10_000
 _STEPS_BETWEEN_CHECKS = 1_000
-_ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
+_READING = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
+_BUILDING_REFUSED = frozenset({sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA})
 _REFUSED_FUNCTIONS = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"})
 
 Value = str | int | float | bytes | None
@@ -27,32 +28,41 @@ class QueryResult:
     error: str | None = None
 
 
-def _authorize(action: int, first: str | None, second: str | None, _database: str | None, _trigger: str | None) -> int:
-    if action == sqlite3.SQLITE_FUNCTION and (second or first or "").lower() in _REFUSED_FUNCTIONS:
-        return sqlite3.SQLITE_DENY
-    return sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY
+def _refuses_function(action: int, first: str | None, second: str | None) -> bool:
+    return action == sqlite3.SQLITE_FUNCTION and (second or first or "").lower() in _REFUSED_FUNCTIONS
+
+
+def _authorize_building(action: int, first: str | None, second: str | None, _database: str | None, _by: str | None) -> int:
+    refused = action in _BUILDING_REFUSED or _refuses_function(action, first, second)
+    return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
+
+
+def _authorize_reading(action: int, first: str | None, second: str | None, _database: str | None, _by: str | None) -> int:
+    allowed = action in _READING and not _refuses_function(action, first, second)
+    return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 
 def run_query(database: str, sql: str, *, timeout_s: float = 2.0) -> QueryResult:
     """Build an in-memory SQLite database and run one SELECT on it.
 
     Args:
-        database: trusted script of CREATE TABLE and INSERT statements.
+        database: script of CREATE TABLE and INSERT statements; it cannot attach files or set pragmas.
         sql: untrusted query; one statement, read-only.
-        timeout_s: seconds after which the query is stopped.
+        timeout_s: seconds for building and query together.
 
     Returns:
         the rows (at most `MAX_ROWS`), or one line saying why there are none.
     """
     connection = sqlite3.connect(":memory:")
     try:
-        connection.executescript(database)
-        connection.execute("PRAGMA query_only = ON")
         if hasattr(connection, "setlimit"):  # Python 3.11 and later
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000_000)
-        connection.set_authorizer(_authorize)
+        connection.execute("PRAGMA trusted_schema = OFF")
         deadline = time.monotonic() + timeout_s
         connection.set_progress_handler(lambda: int(time.monotonic() > deadline), _STEPS_BETWEEN_CHECKS)
+        connection.set_authorizer(_authorize_building)
+        connection.executescript(database)
+        connection.set_authorizer(_authorize_reading)
         cursor = connection.execute(sql)
         rows = cursor.fetchmany(MAX_ROWS + 1)
         if cursor.description is None:

@@ -1,0 +1,216 @@
+"""The whole story on the bundled model and task: tune, merge, quantize, and every variant measured side by side."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from burnish.compress.config import QuantizeConfig
+from burnish.data.bundled import bundled_path
+from burnish.data.rows import RowSet, read_rows
+from burnish.measure.compare import Gate, GateLimits
+from burnish.measure.evaluate import SqlScore
+from burnish.measure.hardware import hardware_record, version_record
+from burnish.measure.report import render
+from burnish.measure.run_record import LossPoint, RunRecord, Stage, Variant
+from burnish.models.checkpoint_writing import write_text
+from burnish.models.loading import load_config
+from burnish.pipeline.examples import DataConfig
+from burnish.pipeline.gates import GateResult
+from burnish.pipeline.manifest import plain
+from burnish.pipeline.merge import merge
+from burnish.pipeline.opening import Source
+from burnish.pipeline.progress import Progress, silent
+from burnish.pipeline.quantize import quantize
+from burnish.pipeline.runs import new_run_folder, save_run
+from burnish.pipeline.samples import pick_samples
+from burnish.pipeline.tune import TuneRecord, tune
+from burnish.pipeline.variants import measure_variant
+from burnish.train.config import TrainConfig
+from burnish.train.lora import LoraConfig
+
+MODEL = "burnish-sql-base"
+TRAIN_ROWS = "text-to-sql:train:4800"
+EVAL_ROWS = "text-to-sql:validation:64"
+TEST_ROWS = "text-to-sql:test"
+LORA = LoraConfig(rank=16, alpha=32)
+TRAIN = TrainConfig(epochs=1, micro_batch_size=16, learning_rate=3e-3, warmup=0.05, schedule="cosine")
+QUANTIZED = {
+    "gptq-8bit": QuantizeConfig(method="gptq", bits=8, group_size=128),
+    "gptq-4bit": QuantizeConfig(method="gptq", bits=4, group_size=64),
+}
+MAX_SCORE_DROP = {"gptq-8bit": 0.01, "gptq-4bit": 0.04}
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class _Story:
+    """The run as it grows; saved after every stage, so that what was done stays on record when a later one fails."""
+
+    folder: Path
+    run: RunRecord
+    started: float
+    say: Say
+    scores: dict[str, SqlScore] = field(default_factory=dict)
+
+    def add(self, *, stage: Stage | None = None, variant: Variant | None = None, **changes: Any) -> None:
+        stages = [*self.run.stages, *([stage] if stage else [])]
+        variants = [*self.run.variants, *([variant] if variant else [])]
+        seconds = time.perf_counter() - self.started
+        self.run = replace(self.run, stages=stages, variants=variants, seconds=seconds, **changes)
+        save_run(self.folder, self.run)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Put a failed stage on record before its error goes on."""
+        begun = time.perf_counter()
+        try:
+            yield
+        except BaseException as error:
+            note = " ".join(str(error).split()) or type(error).__name__
+            self.add(stage=Stage(name=name, seconds=time.perf_counter() - begun, status="failed", note=note))
+            raise
+
+
+def run_demo(
+    *,
+    out: str | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    max_seconds: float | None = None,
+    num_rows: int = 300,
+    progress: Progress = silent,
+    say: Say = lambda text: None,
+) -> tuple[Path, RunRecord]:
+    """Run everything; returns the run's folder and its record. The same seed gives the same scores.
+
+    Args:
+        out: the run's folder; a fresh one among the runs when None.
+        max_seconds: stop tuning after this time instead of after one epoch.
+        num_rows: test questions.
+        say: called with a line whenever a stage is done.
+
+    Raises:
+        GateError: the merged or a quantized model is worse than its gate allows; the record says which.
+    """
+    source = Source(threads=threads)
+    rows = read_rows(f"{TEST_ROWS}:{num_rows}", seed=seed)
+    story = _Story(new_run_folder("demo", out=out), _fresh_run(seed), time.perf_counter(), say)
+    _measure(story, "base", MODEL, source, rows, progress, description="bundled base, never trained on the task")
+
+    with story.stage("tune"):
+        record = _tune(story, seed, source, max_seconds, progress)
+    adapter = record.adapter
+    _measure(
+        story, "tuned", adapter, source, rows, progress, parent="base", description=f"LoRA rank {LORA.rank}, unmerged", limits=GateLimits(max_score_drop=0.0)
+    )
+
+    with story.stage("merge"):
+        merged = merge(adapter, out=story.folder / "merged", source=source, dtype="float32", progress=progress)
+    story.add(stage=_stage("merge", merged.seconds, merged.predicted_peak_bytes, merged.peak_memory_bytes))
+    _measure(
+        story, "merged", merged.out, source, rows, progress, parent="tuned", description="adapter merged into the base", gate=merged.gate, limits=GateLimits(max_score_drop=0.0)
+    )
+
+    for name, config in QUANTIZED.items():
+        with story.stage(f"quantize {name}"):
+            made = quantize(merged.out, out=story.folder / name, config=config, source=source, progress=progress)
+        story.add(stage=_stage(f"quantize {name}", made.seconds, made.predicted_peak_bytes, made.peak_memory_bytes))
+        groups = f"groups of {config.group_size}"
+        _measure(
+            story, name, made.out, source, rows, progress, parent="merged", description=f"GPTQ {config.bits} bits, {groups}", gate=made.gate,
+            limits=GateLimits(max_score_drop=MAX_SCORE_DROP[name]),
+        )  # fmt: skip
+
+    story.add(samples=pick_samples(story.scores))
+    write_text(story.folder / "report.html", render(story.run, format="html"))
+    return story.folder, story.run
+
+
+def _fresh_run(seed: int) -> RunRecord:
+    config = load_config(bundled_path(MODEL))
+    hardware = {**hardware_record(), "threads": torch.get_num_threads(), "device": "cpu"}
+    return RunRecord(
+        name="demo",
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        model=MODEL,
+        parameters=config.num_parameters(),
+        task="text-to-sql",
+        data=f"{TRAIN_ROWS}, {TEST_ROWS}",
+        hardware=hardware,
+        versions={**version_record(), "python": platform.python_version()},
+        settings={"seed": {"seed": seed}, "lora": plain(LORA), "train": plain(TRAIN), **{name: plain(item) for name, item in QUANTIZED.items()}},
+    )
+
+
+def _tune(story: _Story, seed: int, source: Source, max_seconds: float | None, progress: Progress) -> TuneRecord:
+    record = tune(
+        MODEL,
+        data=DataConfig(source=TRAIN_ROWS, template="chat", max_length=256, seed=seed),
+        out=story.folder / "adapter",
+        lora=LORA,
+        config=replace(TRAIN, seed=seed, max_seconds=max_seconds),
+        eval_data=EVAL_ROWS,
+        source=source,
+        progress=progress,
+    )
+    if record.interrupted:
+        raise KeyboardInterrupt
+    story.say(f"tuned on {record.num_examples} rows in {record.seconds:.0f} s, {record.tokens_per_s:,.0f} tokens/s")
+    elapsed, loss = 0.0, []
+    for step in record.steps:
+        elapsed += step["seconds"]
+        loss.append(LossPoint(step=step["step"], loss=step["loss"], tokens=step["tokens"], seconds=elapsed))
+    evals = [LossPoint(step=item["step"], loss=item["loss"]) for item in record.evals if item["loss"] is not None]
+    stage = replace(
+        _stage("tune", record.seconds, record.predicted_peak_bytes, record.peak_memory_bytes), components=record.component_bytes
+    )
+    story.add(stage=stage, loss=loss, eval_loss=evals)
+    return record
+
+
+def _stage(name: str, seconds: float, predicted: int | None, measured: int) -> Stage:
+    return Stage(name=name, seconds=seconds, predicted_peak_bytes=predicted, measured_peak_bytes=measured)
+
+
+def _measure(
+    story: _Story,
+    name: str,
+    model: str,
+    source: Source,
+    rows: RowSet,
+    progress: Progress,
+    *,
+    description: str,
+    parent: str | None = None,
+    gate: GateResult | None = None,
+    limits: GateLimits | None = None,
+) -> None:
+    """Score and time one variant, and hold it against its parent."""
+    with story.stage(f"evaluate {name}"):
+        measured = measure_variant(name, model, source, rows, progress=progress)
+    story.scores[name] = measured.score
+    reasons = list(gate.reasons) if gate else []
+    if limits is not None and parent is not None:
+        reasons += Gate(limits).judge(score=measured.score.score, parent_score=story.scores[parent].score).reasons
+    variant = replace(
+        measured.variant,
+        parent=parent,
+        description=description,
+        kl_to_parent=gate.kl_mean if gate else None,
+        kl_p99=gate.kl_p99 if gate else None,
+        greedy_agreement=gate.greedy_agreement if gate else None,
+        verdict=None if parent is None else "fail" if reasons else "pass",
+        reasons=reasons,
+    )
+    story.add(stage=measured.stage, variant=variant)
+    story.say(f"{name}: {measured.score.num_right} of {measured.score.num_rows} right ({measured.score.score:.1%})")

@@ -1,0 +1,259 @@
+"""Peak memory of each stage, component by component.
+
+Every predictor gives bytes by component; their sum is the peak. "runtime" is there before the stage begins. The formulas
+stand in the predictors' docstrings, in activations.py and weights.py; measured constants in overheads.py.
+Letters: P parameters, A adapter parameters, N tokens of a micro-batch, D hidden, I intermediate, O out features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from burnish.errors import ConfigError
+from burnish.models.config import ModelConfig
+from burnish.plan import overheads
+from burnish.plan.activations import (
+    comparison_workspace,
+    loss_workspace,
+    saved_activations,
+    saved_per_token,
+    working_set,
+)
+from burnish.plan.devices import Device
+from burnish.plan.options import PlanOptions
+from burnish.plan.weights import (
+    DTYPE_BYTES,
+    QUANTIZED,
+    adapted_linears,
+    adapter_parameters,
+    block_linears,
+    kv_bytes,
+    running_bytes,
+    weight_bytes,
+)
+
+Components = dict[str, int]
+
+SMALL_PARAMETERS = 100_000_000
+LARGE_PARAMETERS = 1_000_000_000
+KV_LENGTH_STEP = 64  # the cache grows in steps of so many tokens
+
+
+def load_dtype(config: ModelConfig, device: Device, options: PlanOptions, stored_dtype: str | None) -> str:
+    """The dtype "auto" stands for.
+
+    GPUs: the checkpoint's own 16-bit dtype, else bfloat16, float16 on cards without it. CPUs: float32 below 100 million
+    parameters; larger models in bfloat16 where the processor multiplies it, and beyond a billion also where the
+    checkpoint is stored in 16 bits; else float32.
+    """
+    if options.dtype != "auto":
+        return options.dtype
+    half = stored_dtype in ("bfloat16", "float16")
+    if device.kind == "cuda":
+        if not device.bfloat16:
+            return "float16"
+        return stored_dtype if half and stored_dtype else "bfloat16"
+    if config.num_parameters() < SMALL_PARAMETERS:
+        return "float32"
+    large_half = half and config.num_parameters() >= LARGE_PARAMETERS
+    return "bfloat16" if device.bfloat16 or large_half else "float32"
+
+
+def predict_load(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
+    """Weights in the format they run in, and a buffer for the largest tensor that has to be split or cast."""
+    parts = _start(device, "load")
+    parts["weights"] = _weights(config, options.weight_format or dtype, options)
+    if device.kind == "cpu":
+        parts["reading"] = min(64 * overheads.MIB, _largest_linear(config) * DTYPE_BYTES[dtype])
+    return parts
+
+
+def predict_inference(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
+    """Weights + keys and values of all sequences + the widest step's activations + logits.
+
+    KV: slots x tokens per sequence (rounded up to 64) x 2 x layers x K E x bytes; slots are the next power of two.
+    Activations: the larger of one prefill step and one decode step. Logits: one row of V per sequence, twice.
+    """
+    size = DTYPE_BYTES[dtype]
+    parts = _start(device, "generate")
+    parts["weights"] = _weights(config, options.weight_format or dtype, options)
+    tokens = options.input_tokens + options.output_tokens
+    if options.kv_cache:
+        slots = 1 << (options.concurrency - 1).bit_length()
+        stored = -(-tokens // KV_LENGTH_STEP) * KV_LENGTH_STEP
+        parts["kv"] = slots * kv_bytes(config, tokens=stored, bytes_per_element=size)
+    together = max(options.concurrency, min(options.max_batch_tokens, options.concurrency * options.input_tokens))
+    parts["activations"] = working_set(config, tokens=together, dtype_bytes=size, gradients=False)
+    parts["logits"] = 2 * options.concurrency * config.vocab_size * size
+    return parts
+
+
+def predict_lora(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
+    """Frozen weights + adapter (4 A) + gradients (4 A) + Adam (8 A) + activations + loss.
+
+    Computing in bfloat16 on float32 weights holds a cast copy of them beside the originals.
+    """
+    return _train(config, device, options, _dense_base(config, device, options, dtype), trained="adapter")
+
+
+def predict_qlora_4bit(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
+    """As LoRA, over weights in NF4 with double quantization; the largest linear is rebuilt in 16 bits to be used."""
+    return _train(config, device, options, _quantized_base(config, "nf4", options), trained="adapter")
+
+
+def predict_qlora_8bit(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
+    """As LoRA, over 8-bit weights; the largest linear is rebuilt in 16 bits to be used."""
+    return _train(config, device, options, _quantized_base(config, "int8", options), trained="adapter")
+
+
+def predict_full(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
+    """Float32 weights (4 P) + gradients (4 P) + Adam (8 P) + activations + loss.
+
+    Computing in bfloat16 keeps the cast of every weight (2 P) from the forward to the backward pass.
+    """
+    base = {"weights": 4 * config.num_parameters()}
+    if _training_bytes(device, options) == 2:
+        base["cast weights"] = 2 * config.num_parameters()
+    return _train(config, device, options, base, trained="all")
+
+
+def predict_merge(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
+    """Base and merged model in float32 (2 x 4 P) + the adapter (4 A) + the product B A + the comparison of both.
+
+    The sum is exact in float32 whatever the files hold; both models are there because the gate compares them.
+    """
+    parts = _start(device, "merge")
+    parts["weights"] = parts["parent"] = 4 * config.num_parameters()
+    adapter = adapter_parameters(config, rank=options.rank, target_modules=options.target_modules)
+    parts["adapter"] = 2 * 4 * adapter
+    parts["workspace"] = 2 * 4 * _largest_linear(config)
+    parts["comparison"] = comparison_workspace(config, dtype_bytes=4)
+    _add_allocator(parts, device, parts["comparison"])
+    return parts
+
+
+def predict_quantize(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
+    """The parent and the child in `dtype`, hidden states of all calibration tokens, and one linear's work.
+
+    GPTQ (Frantar et al., 2022, arXiv:2210.17323) visits one block at a time: calibration keeps N D numbers between two
+    blocks; the block at work adds activations of one batch; its widest linear adds Hessian matrices of I x I and copies
+    of its O x I weight in float32. Dense weights are freed block by block, so packed ones add one block's at a time.
+    The gate's comparison comes after that work, when the child is packed: the larger of the two counts.
+    """
+    size = DTYPE_BYTES[dtype]
+    parts = _start(device, "quantize")
+    linears = block_linears(config)
+    parts["weights"] = parts["parent"] = weight_bytes(config, dtype).total
+    parts["packed layer"] = sum(rows * columns for rows, columns in linears) // max(1, config.num_layers)
+    parts["calibration"] = options.calibration_tokens * config.hidden_size * size
+    batch = min(options.calibration_batch_tokens, options.calibration_tokens)
+    activations = working_set(config, tokens=batch, dtype_bytes=size, gradients=False)
+    parts["activations"] = max(activations, comparison_workspace(config, dtype_bytes=size))
+    parts["hessian"] = overheads.HESSIAN_COPIES * 4 * max(columns for _, columns in linears) ** 2
+    parts["workspace"] = overheads.WEIGHT_COPIES * 4 * max(rows * columns for rows, columns in linears)
+    _add_allocator(parts, device, activations)
+    return parts
+
+
+STAGES: dict[str, Callable[[ModelConfig, Device, PlanOptions, str], Components]] = {
+    "load": predict_load,
+    "inference": predict_inference,
+    "lora": predict_lora,
+    "qlora-8bit": predict_qlora_8bit,
+    "qlora-4bit": predict_qlora_4bit,
+    "full": predict_full,
+    "merge": predict_merge,
+    "quantize": predict_quantize,
+}
+
+
+def predict_components(
+    stage: str, config: ModelConfig, device: Device, options: PlanOptions, *, stored_dtype: str | None = None
+) -> Components:
+    """Bytes by component at the peak of one stage.
+
+    Args:
+        stage: a name of `STAGES`.
+        stored_dtype: of the checkpoint, for "auto".
+
+    Raises:
+        ConfigError: the stage is unknown.
+    """
+    if stage not in STAGES:
+        raise ConfigError("unknown stage", got=stage, expected=", ".join(STAGES))
+    return STAGES[stage](config, device, options, load_dtype(config, device, options, stored_dtype))
+
+
+def _start(device: Device, kind: str) -> Components:
+    if device.kind == "cuda":
+        return {"runtime": overheads.RUNTIME_CUDA}
+    return {"runtime": overheads.RUNTIME_CPU, "first use": overheads.FIRST_USE_CPU[kind]}
+
+
+def _weights(config: ModelConfig, weight_format: str, options: PlanOptions) -> int:
+    if weight_format in QUANTIZED:
+        return running_bytes(config, weight_format, group_size=options.group_size)
+    return weight_bytes(config, weight_format).total
+
+
+def _largest_linear(config: ModelConfig) -> int:
+    return max(rows * columns for rows, columns in config.linear_shapes().values())
+
+
+def _training_bytes(device: Device, options: PlanOptions) -> int:
+    """Bytes of the compute dtype while training."""
+    if options.precision == "auto":
+        return 2 if device.bfloat16 else 4
+    return 2 if options.precision == "bfloat16" else 4
+
+
+def _dense_base(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
+    # Float16 cannot be trained on: such a model is loaded in float32 where the device has no bfloat16.
+    size = 4 if dtype == "float16" and not device.bfloat16 else DTYPE_BYTES[dtype]
+    base = {"weights": config.num_parameters() * size}
+    if size == 4 and _training_bytes(device, options) == 2:
+        base["cast weights"] = 2 * config.num_parameters()
+    return base
+
+
+def _quantized_base(config: ModelConfig, weight_format: str, options: PlanOptions) -> Components:
+    stored = weight_bytes(config, weight_format, group_size=options.group_size)
+    largest = max(rows * columns for rows, columns in block_linears(config))
+    return {"weights": stored.total, "workspace": 2 * largest}
+
+
+def _train(config: ModelConfig, device: Device, options: PlanOptions, base: Components, *, trained: str) -> Components:
+    full = trained == "all"
+    size = _training_bytes(device, options)
+    rows, sequence = options.micro_batch_size, options.sequence_tokens
+    parts = {**_start(device, "train"), **base}
+    if full:
+        num_trained = config.num_parameters()
+    else:
+        num_trained = adapter_parameters(config, rank=options.rank, target_modules=options.target_modules)
+        parts["adapter"] = 4 * num_trained
+        if size == 4 and "workspace" not in parts:
+            parts["workspace"] = 2 * 4 * max(r * c for r, c in adapted_linears(config, options.target_modules))
+    parts["gradients"] = overheads.GRADIENT_BYTES * num_trained
+    parts["optimizer"] = overheads.ADAM_BYTES * num_trained
+    rank = 0 if full else options.rank
+    saved = saved_activations(
+        config,
+        rows=rows,
+        sequence=sequence,
+        dtype_bytes=size,
+        adapter_rank=rank,
+        full=full,
+        checkpointing=options.gradient_checkpointing,
+    )
+    parts["activations"] = saved + working_set(config, tokens=rows * sequence, dtype_bytes=size, gradients=True)
+    labels = rows * min(sequence, options.label_tokens or sequence)
+    parts["logits"] = loss_workspace(config, tokens=labels, dtype_bytes=size)
+    layer = rows * sequence * saved_per_token(config, dtype_bytes=size, adapter_rank=rank, full=full, sequence=sequence)
+    _add_allocator(parts, device, int(layer))
+    return parts
+
+
+def _add_allocator(parts: Components, device: Device, layer_bytes: int) -> None:
+    if device.kind == "cpu":
+        parts["allocator"] = min(overheads.ALLOCATOR_LIMIT, int(overheads.ALLOCATOR_LAYERS * layer_bytes))

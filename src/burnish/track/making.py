@@ -1,0 +1,48 @@
+"""From what `--track` is given to a tracker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from burnish.errors import ConfigError
+from burnish.track.guarded import GuardedTracker
+from burnish.track.jsonl import JsonlTracker
+from burnish.track.null import NullTracker
+from burnish.track.protocol import Tracker
+
+_SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+:", re.IGNORECASE)
+_EXPECTED = "none, a path that ends in .jsonl, or jsonl:PATH"
+
+
+def make_tracker(uri: str | None, *, warn: Callable[[str], None] | None = None) -> Tracker:
+    """The tracker of a URI, guarded so that its failures never reach the run.
+
+    Args:
+        uri: None, "" or "none" for no tracking; `jsonl:PATH`, `file://PATH` or a path that ends in `.jsonl`.
+        warn: takes the one line that says tracking failed; a Python warning by default.
+
+    Raises:
+        ConfigError: the URI is of no kind that is known here. That is a mistake in the command, so it is not held back.
+    """
+    if uri is None or uri in ("", "none"):
+        return NullTracker()
+    return GuardedTracker(JsonlTracker(_jsonl_path(uri)), warn=warn)
+
+
+def _jsonl_path(uri: str) -> Path:
+    if uri.startswith("jsonl:"):
+        rest = uri.removeprefix("jsonl:")
+        path = unquote(urlsplit(uri).path) if rest.startswith("//") else rest
+        host = urlsplit(uri).netloc if rest.startswith("//") else ""
+    elif uri.startswith("file:"):
+        path, host = unquote(urlsplit(uri).path), urlsplit(uri).netloc
+    elif uri.endswith(".jsonl") and not _SCHEME.match(uri):
+        path, host = uri, ""
+    else:
+        raise ConfigError(f"{uri!r} names no tracker", expected=_EXPECTED)
+    if not path or host not in ("", "localhost"):
+        raise ConfigError(f"{uri!r} names no local file", expected=_EXPECTED)
+    return Path(path).expanduser()
