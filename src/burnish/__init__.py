@@ -1,3 +1,68 @@
-"""burnish makes a language model fit: your task, your hardware, your budget."""
+"""burnish makes a language model fit: your task, your hardware, your budget; and proves it with measurements.
+
+    import burnish
+
+    model, tokenizer = burnish.load("burnish-sql-base")
+    engine = burnish.Engine("burnish-sql-base")
+    for out in engine.generate(["CREATE TABLE"], burnish.SamplingParams(max_tokens=16)):
+        print(out.text, out.metrics.ttft_ms)
+
+The names below are imported when they are first used, so `import burnish` is quick and loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "BurnishError": "burnish.errors",
+    "DataConfig": "burnish.pipeline.examples",
+    "Engine": "burnish.pipeline.api",
+    "LoraConfig": "burnish.train.lora",
+    "QuantizeConfig": "burnish.compress.config",
+    "SamplingParams": "burnish.engine.sampling",
+    "Source": "burnish.pipeline.opening",
+    "TrainConfig": "burnish.train.config",
+    "Workload": "burnish.measure.bench",
+    "bench": "burnish.pipeline.bench",
+    "evaluate": "burnish.pipeline.evaluate",
+    "load": "burnish.pipeline.api",
+    "merge": "burnish.pipeline.merge",
+    "plan": "burnish.pipeline.planning",
+    "quantize": "burnish.pipeline.quantize",
+    "tune": "burnish.pipeline.tune",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+if TYPE_CHECKING:
+    from burnish.compress.config import QuantizeConfig
+    from burnish.engine.sampling import SamplingParams
+    from burnish.errors import BurnishError
+    from burnish.measure.bench import Workload
+    from burnish.pipeline.api import Engine, load
+    from burnish.pipeline.bench import bench
+    from burnish.pipeline.evaluate import evaluate
+    from burnish.pipeline.examples import DataConfig
+    from burnish.pipeline.merge import merge
+    from burnish.pipeline.opening import Source
+    from burnish.pipeline.planning import plan
+    from burnish.pipeline.quantize import quantize
+    from burnish.pipeline.tune import tune
+    from burnish.train.config import TrainConfig
+    from burnish.train.lora import LoraConfig
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'burnish' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,12 +6,18 @@ import itertools
 import json
 from pathlib import Path
 
+from corpus import documents
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from corpus import documents
-
 VOCAB_SIZE = 3072
-END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT, END = "<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT, END = (
+    "<|endoftext|>",
+    "<|pad|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)
 SPECIAL_TOKENS = [END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT, END]
 # Words carry the space or the underscore before them, digits stand alone, so a name reads alike in a question and in SQL.
 WORDS = r"'s| ?\p{L}+|_\p{L}+| ?\p{N}|\n+| ?[^\s\p{L}\p{N}_]+|_|\s+"
@@ -31,11 +37,17 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     text = itertools.chain(itertools.islice(documents(seed=1), 30_000), [PLAIN_ENGLISH] * 2_000)
     tokenizer.train_from_iterator(text, trainer)

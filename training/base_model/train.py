@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from corpus import documents
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -29,7 +30,6 @@ from burnish.data.text_to_sql.schema import WordLists, draw_database, parse_worl
 from burnish.models.attention import AttentionSpec
 from burnish.models.config import ModelConfig
 from burnish.models.decoder import Decoder
-from corpus import documents
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src/burnish/data/assets/burnish-sql-base"
@@ -146,7 +146,10 @@ def main() -> None:
     decayed = [p for p in masters if p.dim() > 1]
     others = [p for p in masters if p.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1.0, betas=(0.9, 0.95), fused=True
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=1.0,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     source = batches(tokenizer, tokens=options.batch_tokens, seed=options.seed)
     held_out = list(itertools.islice(batches(tokenizer, tokens=8192, seed=options.seed + 1), 4))
@@ -190,14 +193,26 @@ def main() -> None:
         tokens += int((block >= 0).sum())
         if (step + 1) % 50 == 0:
             now = time.perf_counter()
-            write({"step": step + 1, "loss": round(total / 50, 4), "tokens_per_s": round(tokens / (now - window)), "seconds": round(now - start)})
+            write(
+                {
+                    "step": step + 1,
+                    "loss": round(total / 50, 4),
+                    "tokens_per_s": round(tokens / (now - window)),
+                    "seconds": round(now - start),
+                }
+            )
             window, tokens, total = now, 0, 0.0
         if (step + 1) % 250 == 0 or step + 1 == options.steps:
             with torch.no_grad():
                 held = sum(loss_of(model, block).item() for block in held_out) / len(held_out)
             write({"step": step + 1, "held_out_loss": round(held, 4), "commented_queries_right": probe(model, pairs)})
             if options.checkpoint:
-                state = {"masters": masters, "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.perf_counter() - start}
+                state = {
+                    "masters": masters,
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "seconds": time.perf_counter() - start,
+                }
                 torch.save(state, options.checkpoint.with_suffix(".tmp"))
                 options.checkpoint.with_suffix(".tmp").rename(options.checkpoint)
             window = time.perf_counter()

@@ -72,7 +72,9 @@ def open_chat(
         quantized_s = _quantize(opened, quantize)
         tokenizer, recorded = opened.tokenizer, data_of(opened)
         loaded_s = time.perf_counter() - started - quantized_s
-        running: Engine = engine_of(opened, max_num_seqs=1, kv_cache=kv_cache, optimise=quantize == "none" and opened.adapter is None)
+        running: Engine = engine_of(
+            opened, max_num_seqs=1, kv_cache=kv_cache, optimise=quantize == "none" and opened.adapter is None
+        )
     else:
         if quantize != "none":
             raise ConfigError("--quantize needs the native engine", got=f"--engine {engine}")
@@ -127,8 +129,12 @@ class ChatSession:
         """Read prompts until the end of input; returns the exit code."""
         interactive = source.isatty()
         if interactive and not self.quiet:
-            how = "Each question stands alone, as the model was tuned." if self.opened.single_turn else "The conversation is remembered."
-            stderr().print(f"{how} /help lists commands.", style="dim", markup=False)
+            how = (
+                "Each question stands alone, as the model was tuned."
+                if self.opened.single_turn
+                else "The conversation is remembered."
+            )
+            stderr().print(f"{how} /help lists commands.", style="dim")
         with MemoryMeter() as meter:
             while True:
                 try:
@@ -205,7 +211,8 @@ class ChatSession:
             return f"{self.context}\n{text}" if self.context else text
         if template.name != "chat":
             return template.render_prompt(
-                Row(instruction=text, context=self.context or "", answer="", extra={}, file="chat", number=0), self.opened.tokenizer
+                Row(instruction=text, context=self.context or "", answer="", extra={}, file="chat", number=0),
+                self.opened.tokenizer,
             )
         content = f"{self.context}\n\n{text}" if self.context and not self._turns else text
         before = [{"role": "system", "content": self.system}] if self.system else []
@@ -237,7 +244,11 @@ class ChatSession:
         if not self.opened.single_turn and isinstance(prompt, list):
             self._turns += [prompt[-1], {"role": "assistant", "content": answer}]
         if self.json:
-            record = {"text": output.text, "finish_reason": output.finish_reason, "metrics": self._figures(output.metrics, meter)}
+            record = {
+                "text": output.text,
+                "finish_reason": output.finish_reason,
+                "metrics": self._figures(output.metrics, meter),
+            }
             sys.stdout.write(json_format.dumps(to_plain(record), ensure_ascii=False) + "\n")
             sys.stdout.flush()
         else:
@@ -277,7 +288,7 @@ class ChatSession:
 
     def _say(self, text: str) -> None:
         if not self.quiet:
-            stderr().print(text, style="dim", markup=False, soft_wrap=True)
+            stderr().print(text, style="dim", soft_wrap=True)
 
 
 def _rate(metrics: RequestMetrics) -> float | None:

@@ -67,7 +67,11 @@ def tune(
     from burnish.train.config import TrainConfig
     from burnish.train.lora import LoraConfig
 
-    roles: Any = target_modules if target_modules == "all-linear" else tuple(part.strip() for part in target_modules.split(",") if part.strip())
+    roles: Any = (
+        target_modules
+        if target_modules == "all-linear"
+        else tuple(part.strip() for part in target_modules.split(",") if part.strip())
+    )
     settings: dict[str, Any] = {"method": method, "schedule": schedule, "precision": precision}
     train_config = TrainConfig(
         steps=steps, epochs=epochs, micro_batch_size=micro_batch_size, gradient_accumulation=gradient_accumulation,
@@ -79,7 +83,9 @@ def tune(
         source=data, template=template, columns=options.parse_columns(columns), max_length=max_length, too_long=too_long,
         limit=limit, check_sql=check_sql, seed=seed, offline=offline,
     )  # fmt: skip
-    source = Source(device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle, dtype="float32")
+    source = Source(
+        device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle, dtype="float32"
+    )
     with watching(quiet=quiet) as progress:
         record = run(
             model, data=rows, out=out, lora=lora, config=train_config, eval_data=eval_data, source=source,
@@ -94,7 +100,9 @@ def tune(
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter, ours or PEFT's.", show_default=False)],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter, ours or PEFT's.", show_default=False)
+    ],
     out: Annotated[str, typer.Option("--out", help="Folder for the merged model.")],
     base: Annotated[str | None, typer.Option(help="Base model, instead of the one that the adapter names.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the written weights; auto keeps the base's.")] = "auto",
@@ -135,7 +143,9 @@ def quantize(
     symmetric: Annotated[bool, typer.Option(help="Zero point in the middle of the grid.")] = True,
     act_order: Annotated[bool, typer.Option(help="Quantize features in order of importance (gptq).")] = False,
     damping: Annotated[float, typer.Option(help="Share of the mean added to the Hessian's diagonal (gptq).")] = 0.01,
-    calibration: Annotated[str | None, typer.Option(help="Rows to calibrate on; the model's training rows when not given.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Rows to calibrate on; the model's training rows when not given.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     template: options.Template = "auto",
     gate_data: Annotated[str | None, typer.Option(help="Held-out rows to compare on.")] = None,
@@ -160,9 +170,16 @@ def quantize(
     from burnish.pipeline.quantize import quantize as run
 
     settings = QuantizeConfig(
-        method=method, bits=bits, group_size=group_size, symmetric=symmetric, activation_order=act_order, damping=damping
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        activation_order=act_order,
+        damping=damping,
     )
-    source = Source(device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    source = Source(
+        device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
+    )
     with watching(quiet=quiet) as progress:
         record = run(
             model, out=out, config=settings, calibration=calibration, num_samples=samples, template=template, data=gate_data,
@@ -172,7 +189,9 @@ def quantize(
 
 
 def synth(
-    shape: Annotated[str, typer.Argument(metavar="SHAPE", help="Published shape, such as tinyllama-1.1b.", show_default=False)],
+    shape: Annotated[
+        str, typer.Argument(metavar="SHAPE", help="Published shape, such as tinyllama-1.1b.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the model.")],
     dtype: Annotated[str, typer.Option(help="Of the written weights.")] = "bfloat16",
     config: options.Config = None,
@@ -192,9 +211,18 @@ def synth(
     write_random_checkpoint(shape, out, seed=seed, dtype=dtype)
     parameters, size = load_config(out).num_parameters(), folder_bytes(out)
     if json:
-        print_json({"shape": shape, "out": str(out), "parameters": parameters, "disk_bytes": size, "dtype": dtype, "seed": seed})
+        print_json(
+            {
+                "shape": shape,
+                "out": str(out),
+                "parameters": parameters,
+                "disk_bytes": size,
+                "dtype": dtype,
+                "seed": seed,
+            }
+        )
     else:
-        stdout().print(f"{out}: {shape}, {format_count(parameters)} parameters, {format_bytes(size)}, random weights", markup=False)
+        stdout().print(f"{out}: {shape}, {format_count(parameters)} parameters, {format_bytes(size)}, random weights")
 
 
 def _limits(default: Any, max_kl: float | None, min_agreement: float | None) -> Any:

@@ -26,7 +26,9 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: options.ModelArgument,
     task: Annotated[str, typer.Option("--task", help="text-to-sql, perplexity or bleu.")] = "text-to-sql",
-    data: Annotated[str | None, typer.Option("--data", help="Rows or text; the bundled test rows when not given.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows or text; the bundled test rows when not given.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="Parent model, for KL and greedy agreement.")] = None,
     adapter: options.Adapter = None,
     template: options.Template = "auto",
@@ -58,10 +60,19 @@ def evaluate(
             source=data or "text-to-sql:test:300", template=template, columns=options.parse_columns(columns), limit=limit,
             max_length=max_length, seed=seed, offline=offline,
         )  # fmt: skip
-    source = Source(device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    source = Source(
+        device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
+    )
     with watching(quiet=quiet) as progress:
         record = run(
-            model, task=task, data=rows, against=against, adapter=adapter, max_tokens=max_tokens, source=source, progress=progress
+            model,
+            task=task,
+            data=rows,
+            against=against,
+            adapter=adapter,
+            max_tokens=max_tokens,
+            source=source,
+            progress=progress,
         )
     if record.num_bad_rows:
         note(f"{record.num_bad_rows} bad rows were left out; see them with: burnish data inspect", quiet=quiet)
@@ -73,7 +84,9 @@ def bench(
     input_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 1,
-    num_requests: Annotated[int | None, typer.Option(help="Requests of one pass; as many as --concurrency when not given.")] = None,
+    num_requests: Annotated[
+        int | None, typer.Option(help="Requests of one pass; as many as --concurrency when not given.")
+    ] = None,
     engine: options.Engine = "native",
     vs: Annotated[str | None, typer.Option("--vs", help="Another engine, run in turn with the first.")] = None,
     adapter: options.Adapter = None,
@@ -98,9 +111,15 @@ def bench(
     from burnish.pipeline.opening import Source
 
     workload = Workload(
-        input_tokens=input_tokens, output_tokens=output_tokens, concurrency=concurrency, num_requests=num_requests, seed=seed
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        concurrency=concurrency,
+        num_requests=num_requests,
+        seed=seed,
     )
-    source = Source(device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    source = Source(
+        device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
+    )
     with watching(quiet=quiet) as progress:
         result = run(
             model, workload=workload, engine=engine, versus=vs, adapter=adapter, repeats=repeats, warmup=warmup,
@@ -115,7 +134,9 @@ def bench(
 
 
 def report(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Run folders or names; the newest when not given.")] = None,
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Run folders or names; the newest when not given.")
+    ] = None,
     format: Annotated[str, typer.Option("--format", help="table, md, html, json or csv.")] = "table",
     out: Annotated[Path | None, typer.Option("--out", help="File to write instead of stdout.")] = None,
     config: options.Config = None,
@@ -129,7 +150,9 @@ def report(
 
     run = combine_runs(load_runs(list(runs or [])))
     console = stdout()
-    text = render(run, format="json" if json else format, width=min(console.width, 140), color=console.is_terminal and out is None)
+    text = render(
+        run, format="json" if json else format, width=min(console.width, 140), color=console.is_terminal and out is None
+    )
     if out is None:
         typer.echo(text, nl=False, color=console.is_terminal)
         return
@@ -147,7 +170,12 @@ def list_runs(json: options.Json = False) -> None:
 
     found = [(folder, read_run(folder)) for folder in runs.list_runs()]
     if json:
-        print_json([{"path": str(folder), "name": run.name, "created": run.created, "model": run.model} for folder, run in found])
+        print_json(
+            [
+                {"path": str(folder), "name": run.name, "created": run.created, "model": run.model}
+                for folder, run in found
+            ]
+        )
         return
     if not found:
         raise ConfigError(f"there is no run in {runs.runs_folder()}", remedy="Make one with: burnish demo")
@@ -156,7 +184,9 @@ def list_runs(json: options.Json = False) -> None:
         table.add_column(heading, overflow="fold")
     for folder, run in found:
         scores = [variant.score for variant in run.variants if variant.score is not None]
-        table.add_row(folder.name, run.created, run.model, str(len(run.variants)), format_share(max(scores)) if scores else "–")
+        table.add_row(
+            folder.name, run.created, run.model, str(len(run.variants)), format_share(max(scores)) if scores else "–"
+        )
     stdout().print(table)
 
 
@@ -174,4 +204,6 @@ def show_run(
         print_json(whole)
         return
     console = stdout()
-    typer.echo(render(record, width=min(console.width, 140), color=console.is_terminal), nl=False, color=console.is_terminal)
+    typer.echo(
+        render(record, width=min(console.width, 140), color=console.is_terminal), nl=False, color=console.is_terminal
+    )

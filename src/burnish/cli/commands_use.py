@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[str | None, typer.Option("--out", help="Folder for the run; runs/<time>-demo when not given.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder for the run; runs/<time>-demo when not given.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Shorten tuning to this time; results are then worse.")] = None,
     rows: Annotated[int, typer.Option(help="Test questions.")] = 300,
     seed: options.Seed = 0,
@@ -37,12 +39,16 @@ def demo(
         note(text, quiet=quiet)
 
     with watching(quiet=quiet) as progress:
-        folder, run = run_demo(out=out, seed=seed, threads=threads, max_seconds=seconds, num_rows=rows, progress=progress, say=say)
+        folder, run = run_demo(
+            out=out, seed=seed, threads=threads, max_seconds=seconds, num_rows=rows, progress=progress, say=say
+        )
     if json:
         print_json(build_report(run))
         return
     console = stdout()
-    typer.echo(render(run, width=min(console.width, 140), color=console.is_terminal), nl=False, color=console.is_terminal)
+    typer.echo(
+        render(run, width=min(console.width, 140), color=console.is_terminal), nl=False, color=console.is_terminal
+    )
     note(f"\nreport: {folder / 'report.html'}\ntalk to it: burnish chat {folder / 'merged'}", quiet=quiet)
 
 
@@ -50,7 +56,9 @@ def chat(
     model: options.ModelArgument,
     adapter: options.Adapter = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    context: Annotated[str | None, typer.Option(help="Text put before every question, such as a schema; @FILE reads it.")] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Text put before every question, such as a schema; @FILE reads it.")
+    ] = None,
     template: options.Template = "auto",
     quantize: Annotated[str, typer.Option(help="none, int8 or int4: quantize the weights while loading.")] = "none",
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
@@ -58,7 +66,9 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0 for all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="1 changes nothing.")] = 1.0,
-    kv_cache: Annotated[bool, typer.Option(help="Without, every token is computed anew: see what the cache is worth.")] = True,
+    kv_cache: Annotated[
+        bool, typer.Option(help="Without, every token is computed anew: see what the cache is worth.")
+    ] = True,
     engine: options.Engine = "native",
     config: options.Config = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of sampling.")] = None,
@@ -76,12 +86,26 @@ def chat(
     from burnish.engine.sampling import SamplingParams
     from burnish.pipeline.opening import Source
 
-    source = Source(device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    source = Source(
+        device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
+    )
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
     opened = open_chat(
-        model, source, adapter=adapter, engine=engine, quantize=quantize, template=template, kv_cache=kv_cache, quiet=quiet or json
+        model,
+        source,
+        adapter=adapter,
+        engine=engine,
+        quantize=quantize,
+        template=template,
+        kv_cache=kv_cache,
+        quiet=quiet or json,
     )
     session = ChatSession(opened, params, system=system, context=read_text_option(context), json=json, quiet=quiet)
     return session.run(sys.stdin)
@@ -89,9 +113,20 @@ def chat(
 
 def generate(
     model: options.ModelArgument,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")] = None,
-    prompts: Annotated[str | None, typer.Option("--prompts", metavar="FILE", help="Text file, one prompt a line; or JSONL with \"prompt\" or \"messages\"; - for stdin.")] = None,
-    chat_template: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Prompt; may be given several times.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help='Text file, one prompt a line; or JSONL with "prompt" or "messages"; - for stdin.',
+        ),
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
+    ] = False,
     adapter: options.Adapter = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -99,7 +134,9 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0 for all.")] = 0,
     min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1 changes nothing.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="String that ends the answer; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="String that ends the answer; may be given several times.")
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on past the end token.")] = False,
     concurrency: Annotated[int, typer.Option(help="Prompts at once.")] = 32,
     kv_cache: Annotated[bool, typer.Option(help="Keep keys and values.")] = True,
@@ -131,7 +168,9 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
         repetition_penalty=repetition_penalty, stop=tuple(stop or ()), ignore_eos=ignore_eos,
     )  # fmt: skip
-    source = Source(device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    source = Source(
+        device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
+    )
     running = open_engine(
         model, source, adapter=adapter, engine=engine, max_num_seqs=min(concurrency, len(given)), kv_cache=kv_cache
     )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import click
 import typer
 
-from burnish.cli import commands_measure, commands_make, commands_plan, commands_use
+from burnish.cli import commands_make, commands_measure, commands_plan, commands_use
 from burnish.errors import BurnishError
+
+UsageError: Any = typer.BadParameter.__base__  # Typer's own Click or the package, whichever this version uses
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 app = typer.Typer(
     name="burnish",
@@ -53,36 +56,40 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except BurnishError as error:
         return _fail(error.message, error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        return 2
-    except click.ClickException as error:
-        return _fail(_click_message(error), 2)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except UsageError as error:
+        return _usage(error)
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
     except BrokenPipeError:
         # The reader went away, as `| head` does; nothing is wrong. Keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        return _fail("ran out of memory. Use a smaller batch, a smaller --dtype or a quantized model.", 5)
-    except OSError as error:
-        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
-    except RuntimeError as error:
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
-            return _fail("ran out of memory. Use a smaller batch, a smaller --dtype or a quantized model.", 5)
+    except Exception as error:
         if os.environ.get("BURNISH_TRACEBACK"):
             raise
-        return _fail(f"{type(error).__name__}: {error}. Set BURNISH_TRACEBACK=1 to see where.", 1)
+        return _unexpected(error)
 
 
-def _click_message(error: click.ClickException) -> str:
-    message = " ".join(error.format_message().split())
+def _usage(error: Any) -> int:
+    """Say what is wrong with the command line; the bare program and groups show their help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(error.format_message())
+        return 2
     context = getattr(error, "ctx", None)
     where = f" See: {context.command_path} --help" if context is not None else ""
-    return f"{message}{where}"
+    return _fail(f"{error.format_message()}{where}", 2)
+
+
+def _unexpected(error: Exception) -> int:
+    """Errors that no room claimed: memory, the system, and our own faults."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in _OUT_OF_MEMORY):
+        return _fail("ran out of memory. Use a smaller batch, a smaller --dtype or a quantized model.", 5)
+    if isinstance(error, OSError):
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or text}", 1)
+    return _fail(f"{type(error).__name__}: {text}. Set BURNISH_TRACEBACK=1 to see where.", 1)
 
 
 def _fail(message: str, code: int) -> int:

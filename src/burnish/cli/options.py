@@ -6,22 +6,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from burnish.errors import ConfigError
 
 
-def _known_options(command: click.Command) -> dict[str, click.Parameter]:
-    """YAML key -> parameter; keys are written as the flags are, with either dash or underscore."""
-    return {
-        parameter.name: parameter
-        for parameter in command.params
-        if parameter.name and parameter.name not in ("config", "help")
-    }
-
-
-def read_config_file(context: click.Context, _parameter: click.Parameter, value: Path | None) -> Path | None:
+def read_config_file(context: typer.Context, value: Path | None) -> Path | None:
     """Make a YAML file's values the command's defaults, strictly; flags on the command line override them."""
     if value is None or context.resilient_parsing:
         return value
@@ -39,7 +29,8 @@ def read_config_file(context: click.Context, _parameter: click.Parameter, value:
         record = {}
     if not isinstance(record, dict):
         raise ConfigError(f"{value} holds no settings", got=type(record).__name__, expected="key: value lines")
-    known = _known_options(context.command)
+    # Keys are written as the flags are, with either dash or underscore.
+    known = {parameter.name for parameter in context.command.params if parameter.name not in (None, "config", "help")}
     defaults: dict[str, Any] = {}
     for key, setting in record.items():
         name = str(key).replace("-", "_")
@@ -57,7 +48,14 @@ def read_config_file(context: click.Context, _parameter: click.Parameter, value:
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", "-c", metavar="FILE", callback=read_config_file, is_eager=True, help="YAML file with options of this command; flags override it."),
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        callback=read_config_file,
+        is_eager=True,
+        help="YAML file with options of this command; flags override it.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
@@ -68,7 +66,9 @@ Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16,
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; all cores when not given.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pytorch_model.bin, as weights only.")]
-Adapter = Annotated[str | None, typer.Option("--adapter", metavar="DIR", help="LoRA adapter to run on the model, unmerged.")]
+Adapter = Annotated[
+    str | None, typer.Option("--adapter", metavar="DIR", help="LoRA adapter to run on the model, unmerged.")
+]
 Engine = Annotated[str, typer.Option("--engine", help="native or transformers.")]
 Template = Annotated[str, typer.Option("--template", help="Prompt template: auto, chat, alpaca or sql-context.")]
 Columns = Annotated[
@@ -76,7 +76,9 @@ Columns = Annotated[
     typer.Option("--columns", metavar="FIELD=COLUMN,...", help="Which columns hold instruction, context and answer."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds something.")]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or burnish-sql-base.", show_default=False)]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, hub id, or burnish-sql-base.", show_default=False)
+]
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:

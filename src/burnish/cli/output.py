@@ -36,12 +36,12 @@ def print_json(value: Any) -> None:
 
 
 def stdout() -> Console:
-    """For tables and text that are the result; highlighting off, so that nothing is coloured by chance."""
-    return Console(highlight=False, soft_wrap=False)
+    """For tables and text that are the result; what users wrote is never read as markup or emoji."""
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 class Watcher:
@@ -87,4 +87,4 @@ def watching(*, quiet: bool) -> Iterator[Watcher]:
 def note(text: str, *, quiet: bool = False) -> None:
     """A line for people on stderr."""
     if not quiet:
-        stderr().print(text, markup=False, soft_wrap=True)
+        stderr().print(text, soft_wrap=True)

@@ -14,7 +14,7 @@ _MARKS = {"ok": ("ok", "green"), "remark": ("note", "yellow"), "problem": ("bad"
 
 def show_inspection(console: Console, inspection: Inspection) -> None:
     """Rows with their learned part underlined, then figures and facts."""
-    console.print(f"{inspection.source}: layout {inspection.layout}, template {inspection.template}", style="bold", markup=False)
+    console.print(f"{inspection.source}: layout {inspection.layout}, template {inspection.template}", style="bold")
     console.print("the model learns the underlined part and reads the rest", style="dim")
     for view in inspection.rows:
         console.print(_row_panel(view))
@@ -22,7 +22,15 @@ def show_inspection(console: Console, inspection: Inspection) -> None:
     table.add_column(style="dim")
     table.add_column(justify="right")
     for name, value in inspection.stats.items():
-        shown = "–" if value is None else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        shown = (
+            "–"
+            if value is None
+            else f"{value:,.1f}"
+            if isinstance(value, float)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else str(value)
+        )
         table.add_row(name.replace("_", " "), shown)
     console.print(table)
     for statement, state in inspection.facts:

@@ -36,7 +36,12 @@ def show_eval(console: Console, record: EvalRecord, *, num_wrong: int = 0) -> No
     if record.perplexity is not None:
         rows.append(("perplexity", f"{record.perplexity:.4g} over {record.num_tokens} tokens"))
     if record.kl_mean is not None:
-        rows.append(("KL to parent", f"{format_divergence(record.kl_mean)} nats/token (99th percentile {format_divergence(record.kl_p99)})"))
+        rows.append(
+            (
+                "KL to parent",
+                f"{format_divergence(record.kl_mean)} nats/token (99th percentile {format_divergence(record.kl_p99)})",
+            )
+        )
         rows.append(("greedy agreement", format_share(record.greedy_agreement, digits=2)))
     facts(console, record.model, rows)
     if record.by_kind and len(record.by_kind) > 1:
@@ -52,7 +57,7 @@ def show_eval(console: Console, record: EvalRecord, *, num_wrong: int = 0) -> No
         console.print()
         for name in ("question", "gold", "predicted", "error"):
             if answer.get(name):
-                console.print(f"{name:>9}: {answer[name]}", markup=False, soft_wrap=True)
+                console.print(f"{name:>9}: {answer[name]}", soft_wrap=True)
 
 
 def _percentiles(values: Mapping[str, float | None]) -> str:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from burnish.measure.formatting import format_bytes, format_count, format_divergence, format_ratio, format_seconds, format_share, ratio
+from burnish.measure.formatting import (
+    format_bytes,
+    format_count,
+    format_divergence,
+    format_ratio,
+    format_seconds,
+    format_share,
+    ratio,
+)
 from burnish.pipeline.gates import GateResult
 from burnish.pipeline.merge import MergeRecord
 from burnish.pipeline.quantize import QuantizeRecord
@@ -19,7 +27,7 @@ def facts(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
-    console.print(title, style="bold", markup=False)
+    console.print(title, style="bold")
     console.print(table)
 
 
@@ -44,7 +52,10 @@ def show_tune(console: Console, record: TuneRecord) -> None:
     losses = [step["loss"] for step in record.steps]
     tail = losses[-20:]
     rows = [
-        ("method", f"{record.method}, {record.precision}, {format_count(record.trained_parameters)} trained parameters"),
+        (
+            "method",
+            f"{record.method}, {record.precision}, {format_count(record.trained_parameters)} trained parameters",
+        ),
         ("rows", f"{record.num_examples} used, {record.num_bad_rows} bad, {record.num_too_long} too long"),
         ("steps", f"{len(record.steps)} in {format_seconds(record.seconds)} ({record.stopped})"),
         ("speed", f"{record.tokens_per_s:,.0f} tokens/s"),

@@ -41,7 +41,9 @@ def bench(
     """
     workload, source = workload or Workload(), source or Source()
     if repeats < 1 or warmup < 0:
-        raise ConfigError("repeats or warmup is out of range", got=f"{repeats} and {warmup}", expected="at least 1 and 0")
+        raise ConfigError(
+            "repeats or warmup is out of range", got=f"{repeats} and {warmup}", expected="at least 1 and 0"
+        )
     length = workload.input_tokens + workload.output_tokens
     baseline = resident_bytes()
 

@@ -111,14 +111,31 @@ def run_demo(
         record = _tune(story, seed, source, max_seconds, progress)
     adapter = record.adapter
     _measure(
-        story, "tuned", adapter, source, rows, progress, parent="base", description=f"LoRA rank {LORA.rank}, unmerged", limits=GateLimits(max_score_drop=0.0)
+        story,
+        "tuned",
+        adapter,
+        source,
+        rows,
+        progress,
+        parent="base",
+        description=f"LoRA rank {LORA.rank}, unmerged",
+        limits=GateLimits(max_score_drop=0.0),
     )
 
     with story.stage("merge"):
         merged = merge(adapter, out=story.folder / "merged", source=source, dtype="float32", progress=progress)
     story.add(stage=_stage("merge", merged.seconds, merged.predicted_peak_bytes, merged.peak_memory_bytes))
     _measure(
-        story, "merged", merged.out, source, rows, progress, parent="tuned", description="adapter merged into the base", gate=merged.gate, limits=GateLimits(max_score_drop=0.0)
+        story,
+        "merged",
+        merged.out,
+        source,
+        rows,
+        progress,
+        parent="tuned",
+        description="adapter merged into the base",
+        gate=merged.gate,
+        limits=GateLimits(max_score_drop=0.0),
     )
 
     for name, config in QUANTIZED.items():
@@ -148,7 +165,12 @@ def _fresh_run(seed: int) -> RunRecord:
         data=f"{TRAIN_ROWS}, {TEST_ROWS}",
         hardware=hardware,
         versions={**version_record(), "python": platform.python_version()},
-        settings={"seed": {"seed": seed}, "lora": plain(LORA), "train": plain(TRAIN), **{name: plain(item) for name, item in QUANTIZED.items()}},
+        settings={
+            "seed": {"seed": seed},
+            "lora": plain(LORA),
+            "train": plain(TRAIN),
+            **{name: plain(item) for name, item in QUANTIZED.items()},
+        },
     )
 
 
@@ -172,7 +194,8 @@ def _tune(story: _Story, seed: int, source: Source, max_seconds: float | None, p
         loss.append(LossPoint(step=step["step"], loss=step["loss"], tokens=step["tokens"], seconds=elapsed))
     evals = [LossPoint(step=item["step"], loss=item["loss"]) for item in record.evals if item["loss"] is not None]
     stage = replace(
-        _stage("tune", record.seconds, record.predicted_peak_bytes, record.peak_memory_bytes), components=record.component_bytes
+        _stage("tune", record.seconds, record.predicted_peak_bytes, record.peak_memory_bytes),
+        components=record.component_bytes,
     )
     story.add(stage=stage, loss=loss, eval_loss=evals)
     return record

@@ -89,11 +89,18 @@ def evaluate(
     rows = read_data(data)
     template = template_for(opened, data, rows)
     engine = engine_of(opened)
-    score = score_rows(engine, rows.rows, opened.tokenizer, template, task=task, max_tokens=max_tokens, progress=progress)
+    score = score_rows(
+        engine, rows.rows, opened.tokenizer, template, task=task, max_tokens=max_tokens, progress=progress
+    )
     record: dict[str, Any] = {"num_bad_rows": len(rows.bad_rows)}
     if isinstance(score, SqlScore):
         summary = score.to_dict()
-        record |= {"metric": score.metric, "score": score.score, "score_low": score.score_low, "score_high": score.score_high}
+        record |= {
+            "metric": score.metric,
+            "score": score.score,
+            "score_low": score.score_low,
+            "score_high": score.score_high,
+        }
         record |= {"by_kind": summary["by_kind"], "answers": summary["answers"]}
     else:
         record |= {"metric": "BLEU", "score": score.bleu, "answers": score.to_dict()["answers"]}
@@ -165,7 +172,9 @@ def _evaluate_perplexity(opened: Opened, data: DataConfig, against: str | None, 
         rows = read_data(data)
         template = template_for(opened, data, rows).name
         longest = opened.decoder.config.max_position_embeddings
-        sequences: Sequence[Any] = prepare(_with_template(data, template), opened.tokenizer, longest=longest).examples.examples
+        sequences: Sequence[Any] = prepare(
+            _with_template(data, template), opened.tokenizer, longest=longest
+        ).examples.examples
         positions = "labels"
     else:
         sequences = texts
@@ -183,5 +192,11 @@ def _evaluate_perplexity(opened: Opened, data: DataConfig, against: str | None, 
             "greedy_agreement": comparison.greedy_agreement,
         }
     return EvalRecord(
-        task="perplexity", model=opened.name, data=data.source, template=template, metric="perplexity", against=against, **figures
+        task="perplexity",
+        model=opened.name,
+        data=data.source,
+        template=template,
+        metric="perplexity",
+        against=against,
+        **figures,
     )

@@ -82,12 +82,18 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, longest: int | None = N
     template = pick_template(config.template, tokenizer, rows)
     limit = config.max_length if longest is None else min(config.max_length, longest)
     examples = make_examples(
-        rows.rows, tokenizer, template, max_length=limit, too_long="truncate" if config.too_long == "truncate" else "drop"
+        rows.rows,
+        tokenizer,
+        template,
+        max_length=limit,
+        too_long="truncate" if config.too_long == "truncate" else "drop",
     )
     return Prepared(rows=rows, template=template, examples=examples)
 
 
-def held_out(tokenizer: Tokenizer, *, data: str | None, recorded: Mapping[str, object] | None, longest: int) -> ExampleSet:
+def held_out(
+    tokenizer: Tokenizer, *, data: str | None, recorded: Mapping[str, object] | None, longest: int
+) -> ExampleSet:
     """Texts for a gate: the data given, else the evaluation data that the model was tuned with, else the bundled task's.
 
     Args:

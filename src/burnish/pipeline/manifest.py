@@ -103,7 +103,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read", got=error, remedy="Delete it, or make the artifact again.") from error
+        raise CheckpointError(
+            f"{path} cannot be read", got=error, remedy="Delete it, or make the artifact again."
+        ) from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{path} is not a JSON object", got=type(record).__name__)
     return record

@@ -19,7 +19,7 @@ from burnish.pipeline.manifest import describe_input, plain, write_manifest
 from burnish.pipeline.opening import Source, check_output, data_of, open_decoder
 from burnish.pipeline.predicted import predicted_merge_peak
 from burnish.pipeline.progress import Progress, silent
-from burnish.train.adapter import is_adapter_folder
+from burnish.train.adapter import is_adapter_folder, read_adapter_config
 from burnish.train.lora import merge_adapter
 
 
@@ -76,7 +76,7 @@ def merge(
         progress("Merging", 0, 4, "loading")
         # The sum is exact in float32 whatever the base is stored in.
         parent = open_decoder(adapter, _in_float32(source), base=base)
-        predicted = predicted_merge_peak(parent.decoder)
+        predicted = predicted_merge_peak(parent.decoder, rank=int(read_adapter_config(adapter)["r"]))
         examples = held_out(
             parent.tokenizer, data=data, recorded=data_of(parent), longest=parent.decoder.config.max_position_embeddings
         )
@@ -114,7 +114,9 @@ def merge(
     )
     if not gate.passed:
         raise gate_error(
-            f"the merged model {folder}", gate, remedy="Keep it with a finer --dtype (float32), or serve the adapter unmerged."
+            f"the merged model {folder}",
+            gate,
+            remedy="Keep it with a finer --dtype (float32), or serve the adapter unmerged.",
         )
     return record
 

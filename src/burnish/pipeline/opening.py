@@ -164,15 +164,24 @@ def open_engine(
             kv_cache=kv_cache,
         )
     if engine != "native":
-        raise ConfigError("adapters run on the native engine only", got=engine, remedy="Merge it first: burnish merge ADAPTER --out DIR")
+        raise ConfigError(
+            "adapters run on the native engine only",
+            got=engine,
+            remedy="Merge it first: burnish merge ADAPTER --out DIR",
+        )
     opened = open_decoder(model, source, adapter=adapter)
     return engine_of(opened, max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_cache=kv_cache)
 
 
 def engine_of(
-    opened: Opened, *, max_num_seqs: int = 32, max_model_len: int | None = None, kv_cache: bool = True
+    opened: Opened,
+    *,
+    max_num_seqs: int = 32,
+    max_model_len: int | None = None,
+    kv_cache: bool = True,
+    optimise: bool = False,
 ) -> NativeEngine:
-    """The native engine over a decoder that is in memory already."""
+    """The native engine over a decoder that is in memory already; `optimise` lays out its linears, in place."""
     return NativeEngine(
         opened.decoder,
         tokenizer=opened.tokenizer,
@@ -180,6 +189,7 @@ def engine_of(
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         kv_cache=kv_cache,
+        optimise=optimise,
     )
 
 

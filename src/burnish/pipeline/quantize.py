@@ -89,15 +89,24 @@ def quantize(
         tokens, calibration_source = _calibration(parent, config, calibration, num_samples, template)
         gate_examples = held_out(parent.tokenizer, data=data, recorded=recorded, longest=longest)
         if calibration_source is not None and data == calibration_source:
-            raise DataError("the gate's rows are the calibration rows", got=data, remedy="Give held-out rows with --gate-data.")
+            raise DataError(
+                "the gate's rows are the calibration rows", got=data, remedy="Give held-out rows with --gate-data."
+            )
         predicted = predicted_quantize_peak(parent.decoder, config=config, num_tokens=sum(map(len, tokens or ())))
-        child = load_model(parent.folder, dtype=parent.decoder.dtype, device=source.device, allow_pickle=source.allow_pickle)
+        child = load_model(
+            parent.folder, dtype=parent.decoder.dtype, device=source.device, allow_pickle=source.allow_pickle
+        )
         total = len(_linears(child))
         done: list[str] = []
 
         def on_layer(name: str, error: float, seconds: float) -> None:
             done.append(name)
-            progress(f"Quantizing to {config.bits} bits", len(done), total, f"{name.removeprefix('model.layers.')} {error:.4f}")
+            progress(
+                f"Quantizing to {config.bits} bits",
+                len(done),
+                total,
+                f"{name.removeprefix('model.layers.')} {error:.4f}",
+            )
 
         result = quantize_model(child, tokens, config, on_layer=on_layer)
         save_quantized(child, folder, source=parent.folder, config=config)
@@ -157,7 +166,11 @@ def _calibration(
 
 
 def _linears(decoder: torch.nn.Module) -> list[str]:
-    return [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in f".{name}"]
+    return [
+        name
+        for name, module in decoder.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in f".{name}"
+    ]
 
 
 def _remedy(config: QuantizeConfig) -> str:

@@ -85,14 +85,21 @@ def tune(
     with MemoryMeter() as meter:
         opened = open_decoder(model, source)
         if opened.adapter is not None:
-            raise ConfigError(f"{model} is an adapter", expected="a base model to tune", remedy="Merge it first: burnish merge")
+            raise ConfigError(
+                f"{model} is an adapter", expected="a base model to tune", remedy="Merge it first: burnish merge"
+            )
         loaded_bytes = max(0, meter.growth_bytes)
         prepared = prepare(data, opened.tokenizer, longest=opened.decoder.config.max_position_embeddings)
         evaluation = _evaluation(eval_data, data, prepared, opened)
         if config.method == "lora":
             attach_lora(opened.decoder, lora, seed=config.seed)
+        statistics = prepared.examples.stats
         predicted = predicted_training_peak(
-            opened.decoder, method=config.method, lora=lora, config=config, longest=prepared.examples.stats.tokens_max
+            opened.decoder,
+            config=config,
+            lora=lora,
+            longest=statistics.tokens_max,
+            label_tokens=statistics.label_tokens_total // statistics.num_examples,
         )
         result = _train(opened, prepared, evaluation, config, meter, progress)
         trained = sum(p.numel() for p in opened.decoder.parameters() if p.requires_grad)
@@ -125,7 +132,12 @@ def tune(
         kind="adapter" if config.method == "lora" else "tuned",
         inputs={"base": opened.as_input()},
         config={"train": config, "lora": lora if config.method == "lora" else None},
-        data={**asdict(data), "template": prepared.template.name, "eval_source": eval_data},
+        data={
+            **asdict(data),
+            "template": prepared.template.name,
+            "eval_source": eval_data,
+            "multi_turn": any("messages" in row.extra for row in prepared.rows.rows),
+        },
         figures=figures,
         tokenizer=opened.tokenizer,
     )
@@ -149,7 +161,12 @@ def _evaluation(eval_data: str | None, data: DataConfig, prepared: Prepared, ope
 
 
 def _train(
-    opened: Opened, prepared: Prepared, evaluation: Prepared | None, config: TrainConfig, meter: MemoryMeter, progress: Progress
+    opened: Opened,
+    prepared: Prepared,
+    evaluation: Prepared | None,
+    config: TrainConfig,
+    meter: MemoryMeter,
+    progress: Progress,
 ) -> TrainResult:
     total = _planned_steps(config, len(prepared.examples))
     steps: list[StepRecord] = []

@@ -10,6 +10,7 @@ from burnish.measure.bench import Workload, run_bench
 from burnish.measure.evaluate import SqlScore
 from burnish.measure.memory import MemoryMeter, dtype_table
 from burnish.measure.run_record import DtypeShare, Stage, Variant
+from burnish.pipeline.bench import quantization_of
 from burnish.pipeline.disk import weight_file_bytes
 from burnish.pipeline.evaluate import score_rows, template_for
 from burnish.pipeline.examples import DataConfig
@@ -17,9 +18,13 @@ from burnish.pipeline.opening import Source, engine_of, open_decoder
 from burnish.pipeline.predicted import predicted_inference_peak
 from burnish.pipeline.progress import Progress, silent
 
-SPEED = {1: Workload(input_tokens=128, output_tokens=32, concurrency=1), 8: Workload(input_tokens=128, output_tokens=32, concurrency=8)}
+SPEED = {
+    1: Workload(input_tokens=128, output_tokens=32, concurrency=1),
+    8: Workload(input_tokens=128, output_tokens=32, concurrency=8),
+}
 MAX_NUM_SEQS = 32
 MAX_ANSWER = 96
+MAX_MODEL_LEN = 320
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +49,21 @@ def measure_variant(
 
     with MemoryMeter() as meter:
         opened = open_decoder(model, source)
-        dtypes = [DtypeShare(dtype=row.dtype, elements=row.elements, bytes=row.bytes, share=row.share) for row in dtype_table(opened.decoder)]
-        engine = engine_of(opened, max_num_seqs=MAX_NUM_SEQS, optimise=opened.adapter is None)
+        dtypes = [
+            DtypeShare(dtype=row.dtype, elements=row.elements, bytes=row.bytes, share=row.share)
+            for row in dtype_table(opened.decoder)
+        ]
+        engine = engine_of(
+            opened, max_num_seqs=MAX_NUM_SEQS, max_model_len=MAX_MODEL_LEN, optimise=opened.adapter is None
+        )
         engine.warm_up()
         template = template_for(opened, DataConfig(source=rows.source), rows)
         score = score_rows(engine, rows.rows, opened.tokenizer, template, max_tokens=MAX_ANSWER, progress=watch)
         assert isinstance(score, SqlScore)
         speed = {
-            concurrency: run_bench(engine, workload, model=name, repeats=repeats, vocab_size=opened.decoder.config.vocab_size)
+            concurrency: run_bench(
+                engine, workload, model=name, repeats=repeats, vocab_size=opened.decoder.config.vocab_size
+            )
             for concurrency, workload in SPEED.items()
         }
     stats = engine.stats()
@@ -75,11 +87,16 @@ def measure_variant(
         num_rows=score.num_rows,
         dtypes=dtypes,
     )
-    longest = max((answer_length for answer_length in (stats.max_model_len,)), default=0)
     stage = Stage(
         name=f"evaluate {name}",
         seconds=meter.reading().seconds,
-        predicted_peak_bytes=predicted_inference_peak(opened.decoder, stats=stats, longest=longest),
+        predicted_peak_bytes=predicted_inference_peak(
+            opened.decoder,
+            weight_format="int8" if quantization_of(model, source) else None,  # any width is held as int8 in memory
+            concurrency=MAX_NUM_SEQS,
+            input_tokens=MAX_MODEL_LEN - MAX_ANSWER,
+            output_tokens=MAX_ANSWER,
+        ),
         measured_peak_bytes=meter.growth_bytes,
         components={"weights": stats.weights_bytes, "kv": stats.kv_bytes},
     )

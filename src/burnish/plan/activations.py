@@ -1,8 +1,7 @@
 """What a forward and a backward pass keep in memory beside the weights, counted from the decoder's equations.
 
-Counted is what autograd saves in burnish's own decoder and adapters: one tensor per line of the formulas below. Other
-trainers keep more; they have fused fewer steps. Letters: N tokens, D hidden, I intermediate, H query heads, K kv heads, E
-head dim, V vocabulary, L layers, c bytes of the compute dtype.
+Counted is what autograd saves in burnish's own decoder and adapters; other trainers keep more, having fused fewer steps.
+Letters: N tokens, D hidden, I intermediate, H query heads, K kv heads, E head dim, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def saved_per_token(config: ModelConfig, *, dtype_bytes: int, adapter_rank: int,
     Norms: their inputs, D each (in float32 for RMS norms of a 16-bit stream), and with trained weights (`full`) the
     normalised values too. Attention: the normed input D, queries H E, keys and values 2 K E, output H E, and a float32
     number per head. MLP: the normed input D, and 4 I with a gate (gate, its activation, up, product) or 2 I without.
-    Adapters: `adapter_rank` numbers per linear.
+    Adapters: `adapter_rank` numbers per linear in 16 bits; in float32 they are folded into the weight instead.
 
     Args:
         sequence: tokens of the longest sequence; matters only where scores are not fused.
@@ -40,7 +39,7 @@ def saved_per_token(config: ModelConfig, *, dtype_bytes: int, adapter_rank: int,
     linear_inputs = hidden * (1 if config.shared_norm else 2)
     attention = 2 * query + 2 * key
     mlp = (4 if config.mlp == "gated" else 2) * inner
-    adapters = adapter_rank * len(block_linears(config)) // max(1, config.num_layers)
+    adapters = adapter_rank * len(block_linears(config)) // max(1, config.num_layers) if dtype_bytes < 4 else 0
     scores = 4 * config.num_heads
     if config.attention_softcap is not None:
         scores += SOFTCAP_SCORE_BYTES * config.num_heads * sequence
@@ -87,8 +86,8 @@ def saved_activations(
 def working_set(config: ModelConfig, *, tokens: int, dtype_bytes: int, gradients: bool) -> int:
     """Temporaries of the layer that is being computed, for `tokens` tokens.
 
-    Forward: residual and block output (2 D) beside the wider of attention (H E + 2 K E, twice while they rotate) and MLP
-    (2 I, or 3 I with a gate). Backward: as many gradients again as the MLP has tensors.
+    Forward: residual and block output (2 D) beside the wider of attention (H E + 2 K E, twice while they rotate) and
+    MLP (2 I, or 3 I with a gate). Backward: as many gradients again as the MLP has tensors.
     """
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     mlp = (3 if config.mlp == "gated" else 2) * config.intermediate_size

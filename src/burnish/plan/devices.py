@@ -93,7 +93,7 @@ _CATALOGUE = (
         12288,
         360,
         (12.7, 25.5, 25.5, 102),
-        "NVIDIA GA102 white paper, scaled",
+        "NVIDIA Ampere data",
     ),
     _gpu("rtx-3090", "GeForce RTX 3090 24 GB", 24576, 936, (35.6, 71, 71, 284), "NVIDIA GA102 white paper"),
     _gpu("rtx-4090", "GeForce RTX 4090 24 GB", 24564, 1008, (82.6, 165.2, 165.2, 660.6), "NVIDIA Ada white paper"),

@@ -24,8 +24,10 @@ FIRST_USE_CPU = {
 """Code pages, thread pools and primitives that a stage touches for the first time."""
 
 ALLOCATOR_LAYERS = 2.5
-"""What the C library's allocator keeps of freed tensors, in units of one layer's activations. It gives blocks of 32 MiB and
-more back at once, so that this stops growing there; with a fixed MALLOC_MMAP_THRESHOLD_ it would be about 0."""
+"""What the C library's allocator keeps of freed tensors, in units of one layer's activations.
+
+It gives blocks of 32 MiB and more back at once, so this stops growing; with a fixed MALLOC_MMAP_THRESHOLD_ it is about
+0, for some more page faults."""
 
 ALLOCATOR_LIMIT = 512 * MIB
 """Most that the allocator was seen to keep."""

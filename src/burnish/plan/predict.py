@@ -14,6 +14,8 @@ from burnish.plan.stages import STAGES, load_dtype, predict_components
 from burnish.plan.timing import GenerationTime, generation_time, quantization_seconds, training_seconds
 from burnish.plan.weights import FORMATS, weight_bytes
 
+TRAINING = ("lora", "qlora-8bit", "qlora-4bit", "full")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StagePrediction:
@@ -190,7 +192,7 @@ def _seconds(config: ModelConfig, stage: str, device: Device, options: PlanOptio
         return None if times is None else times.seconds
     if stage == "quantize":
         return quantization_seconds(config, device, options)
-    if stage in ("lora", "qlora-4bit", "qlora-8bit", "full"):
+    if stage in TRAINING:
         computing = "bfloat16" if options.precision == "bfloat16" else "float32"
         if options.precision == "auto" and device.bfloat16:
             computing = "bfloat16"
@@ -212,37 +214,32 @@ def _remedy(config: ModelConfig, stage: str, device: Device, options: PlanOption
 
 
 def _alternatives(stage: str, options: PlanOptions, device: Device) -> Iterator[tuple[str, str, PlanOptions]]:
-    """(advice, stage, options) from the mildest change to the hardest."""
+    """(advice, stage, options) from the mildest change to the hardest; only what burnish's commands can do."""
     half = "bfloat16" if device.bfloat16 or device.kind == "cpu" else "float16"
-    if stage in ("lora", "full", "qlora-4bit", "qlora-8bit"):
+    if stage in TRAINING:
         saving = replace(options, gradient_checkpointing=True)
         smallest = replace(saving, micro_batch_size=1)
+        flags = "--gradient-checkpointing --micro-batch-size 1"
         yield "--gradient-checkpointing", stage, saving
-        yield "--gradient-checkpointing --micro-batch-size 1", stage, smallest
-        if stage != "full":
-            yield f"--dtype {half} --gradient-checkpointing --micro-batch-size 1", stage, replace(smallest, dtype=half)
-        for method in {"full": ("lora", "qlora-8bit", "qlora-4bit"), "lora": ("qlora-8bit", "qlora-4bit")}.get(
-            stage, ()
-        ):
-            yield f"--method {method} --gradient-checkpointing --micro-batch-size 1", method, smallest
+        yield flags, stage, smallest
+        if stage == "full":
+            yield f"--method lora {flags}", "lora", smallest
+        if stage in ("full", "lora"):
+            yield f"--method lora --dtype {half} {flags}", "lora", replace(smallest, dtype=half)
+            yield f"an adapter on the model quantized to 8 bits, with {flags}", "qlora-8bit", smallest
     elif stage == "inference":
         yield f"--dtype {half}", stage, replace(options, dtype=half)
-        for weight_format in ("int8", "int4"):
-            yield (
-                f"a model quantized to {weight_format}",
-                stage,
-                replace(options, dtype=half, weight_format=weight_format),
-            )
+        packed = replace(options, dtype=half, weight_format="int8")
+        yield "the model quantized to 8 bits", stage, packed
         for concurrency in (8, 1):
             if concurrency < options.concurrency:
-                changed = replace(options, dtype=half, weight_format="int4", concurrency=concurrency)
-                yield f"a model quantized to int4 and --concurrency {concurrency}", stage, changed
+                fewer = replace(packed, concurrency=concurrency)
+                yield f"the model quantized to 8 bits and --concurrency {concurrency}", stage, fewer
     elif stage == "quantize":
-        for tokens in (16384, 4096):
-            if tokens < options.calibration_tokens:
-                yield f"--calibration-tokens {tokens}", stage, replace(options, calibration_tokens=tokens)
-        yield f"--dtype {half} --calibration-tokens 4096", stage, replace(options, dtype=half, calibration_tokens=4096)
-    else:
+        fewer = replace(options, calibration_tokens=max(1, options.calibration_tokens // 4))
+        yield "a quarter of the --samples", stage, fewer
+        yield f"a quarter of the --samples and --dtype {half}", stage, replace(fewer, dtype=half)
+    elif stage == "load":
         yield f"--dtype {half}", stage, replace(options, dtype=half)
 
 

@@ -1,4 +1,4 @@
-"""From a model's name to its shape, without weights and without torch: folders, bundled models, published shapes, hub ids."""
+"""From a model's name to its shape, without weights and torch: folders, bundled models, published shapes, hub ids."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def find_model(name: str | Path, *, revision: str | None = None, offline: bool =
     """Read the shape that a name stands for; of a hub repository only config.json is fetched.
 
     Args:
-        name: a folder, a bundled model, a published shape (`burnish synth` lists them), `org/name` or `org/name@revision`.
+        name: a folder, a bundled model, a published shape (`burnish synth` lists them), `org/name` or
+            `org/name@revision`.
 
     Raises:
         CheckpointError: there is no such model, or its config.json is malformed or of an unknown

@@ -1,8 +1,8 @@
 """Peak memory of each stage, component by component.
 
-Every predictor gives bytes by component; their sum is the peak. "runtime" is there before the stage begins. The formulas
+Every predictor gives bytes by component; their sum is the peak. "runtime" is there before the stage begins. Formulas
 stand in the predictors' docstrings, in activations.py and weights.py; measured constants in overheads.py.
-Letters: P parameters, A adapter parameters, N tokens of a micro-batch, D hidden, I intermediate, O out features, V vocabulary.
+Letters: P parameters, A adapter parameters, N tokens, D hidden, I in features, O out features, V vocabulary.
 """
 
 from __future__ import annotations

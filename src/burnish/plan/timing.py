@@ -39,8 +39,8 @@ def generation_time(
 ) -> GenerationTime | None:
     """Time of `options.concurrency` requests; None where the device's rates are unknown.
 
-    Prompts are bound by arithmetic: 2 operations per weight and token, and attention. A decode step reads all weights and
-    all keys and values once, or computes 2 operations per weight and sequence, whichever is slower.
+    Prompts are bound by arithmetic: 2 operations per weight and token, and attention. A decode step reads all weights
+    and all keys and values once, or computes 2 operations per weight and sequence, whichever is slower.
 
     Args:
         weights: bytes of the weights as they are read.
@@ -86,7 +86,10 @@ def training_seconds(
 
 
 def quantization_seconds(config: ModelConfig, device: Device, options: PlanOptions) -> float | None:
-    """Time of GPTQ in float32: calibration forward three times, I^2 per token and input, I^3 / 3 x 3 and O I^2 per linear."""
+    """Time of GPTQ in float32; None where the device's rate is unknown.
+
+    The calibration forward three times, 2 I^2 operations per token for each Hessian, and I^3 + 2 O I^2 per linear.
+    """
     if device.fp32 is None:
         return None
     linears = block_linears(config)

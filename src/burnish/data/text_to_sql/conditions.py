@@ -32,7 +32,16 @@ def _number_clause(column: Column, relation: str, rng: random.Random) -> str:
     if column.counts_things:
         form = rng.choice(("with {r} {c}", "that have {r} {c}", "having {r} {c}", "where the number of {c} is {r}"))
     else:
-        form = rng.choice(("whose {c} is {r}", "whose {c} is {r}", "with {a} {r}", "that have {a} {r}", "where the {c} is {r}", "having {a} {r}"))
+        form = rng.choice(
+            (
+                "whose {c} is {r}",
+                "whose {c} is {r}",
+                "with {a} {r}",
+                "that have {a} {r}",
+                "where the {c} is {r}",
+                "having {a} {r}",
+            )
+        )
     return form.format(c=column.phrase, a=column.phrase_with_article, r=relation)
 
 
@@ -40,10 +49,19 @@ def _text_condition(column: Column, name: str, values: list[str], rng: random.Ra
     phrase, value = column.phrase, rng.choice(values)
     roll = rng.random()
     if roll < 0.45:
-        form = rng.choice(("whose {c} is {v}", "whose {c} is {v}", "with {v} as {c}", "where the {c} is {v}", "with the {c} {v}"))
+        form = rng.choice(
+            ("whose {c} is {v}", "whose {c} is {v}", "with {v} as {c}", "where the {c} is {v}", "with the {c} {v}")
+        )
         return Condition(sql=f"{name} = {sql_literal(value)}", words=form.format(c=phrase, v=_said(value, rng)))
     if roll < 0.65:
-        form = rng.choice(("whose {c} is not {v}", "where the {c} is not {v}", "whose {c} is different from {v}", "whose {c} is anything but {v}"))
+        form = rng.choice(
+            (
+                "whose {c} is not {v}",
+                "where the {c} is not {v}",
+                "whose {c} is different from {v}",
+                "whose {c} is anything but {v}",
+            )
+        )
         return Condition(sql=f"{name} <> {sql_literal(value)}", words=form.format(c=phrase, v=_said(value, rng)))
     others = sorted({other for other in values if other != value})
     if roll < 0.8 and others:
@@ -67,12 +85,23 @@ def _text_condition(column: Column, name: str, values: list[str], rng: random.Ra
 def _time_condition(column: Column, name: str, values: list[str | int | float], rng: random.Random) -> Condition:
     value = rng.choice(values)
     literal = sql_literal(value)
-    sign, words = rng.choice((("=", ("",)), (">", ("after ", "later than ")), ("<", ("before ", "earlier than ")), (">=", ("since ",)), ("<=", ("until ",))))
+    sign, words = rng.choice(
+        (
+            ("=", ("",)),
+            (">", ("after ", "later than ")),
+            ("<", ("before ", "earlier than ")),
+            (">=", ("since ",)),
+            ("<=", ("until ",)),
+        )
+    )
     word = rng.choice(words)
     form = rng.choice(("whose {c} is {w}{v}", "with {a} {w}{v}", "where the {c} is {w}{v}"))
     if sign in (">=", "<="):
         form = "with {a} {w}{v}"
-    return Condition(sql=f"{name} {sign} {literal}", words=form.format(c=column.phrase, a=column.phrase_with_article, w=word, v=value))
+    return Condition(
+        sql=f"{name} {sign} {literal}",
+        words=form.format(c=column.phrase, a=column.phrase_with_article, w=word, v=value),
+    )
 
 
 def _number_condition(column: Column, name: str, values: list[str | int | float], rng: random.Random) -> Condition:
@@ -86,14 +115,22 @@ def _number_condition(column: Column, name: str, values: list[str | int | float]
         if column.counts_things:
             words = rng.choice(("with {v} {c}", "with exactly {v} {c}", "that have {v} {c}"))
         else:
-            words = rng.choice(("whose {c} is {v}", "whose {c} is exactly {v}", "whose {c} equals {v}", "with {a} of {v}"))
-        return Condition(sql=f"{name} = {value}", words=words.format(c=column.phrase, a=column.phrase_with_article, v=value))
+            words = rng.choice(
+                ("whose {c} is {v}", "whose {c} is exactly {v}", "whose {c} equals {v}", "with {a} of {v}")
+            )
+        return Condition(
+            sql=f"{name} = {value}", words=words.format(c=column.phrase, a=column.phrase_with_article, v=value)
+        )
     if roll < 0.38:
         number = "number of " if column.counts_things else ""
         words = rng.choice((f"whose {number}{{c}} is not {{v}}", f"whose {number}{{c}} is different from {{v}}"))
         return Condition(sql=f"{name} <> {value}", words=words.format(c=column.phrase, v=value))
-    sign, relations = rng.choice(((">", GREATER), ("<", LESS), (">=", AT_LEAST), ("<=", AT_MOST), (">", GREATER), ("<", LESS)))
-    return Condition(sql=f"{name} {sign} {value}", words=_number_clause(column, f"{rng.choice(relations)} {value}", rng))
+    sign, relations = rng.choice(
+        ((">", GREATER), ("<", LESS), (">=", AT_LEAST), ("<=", AT_MOST), (">", GREATER), ("<", LESS))
+    )
+    return Condition(
+        sql=f"{name} {sign} {value}", words=_number_clause(column, f"{rng.choice(relations)} {value}", rng)
+    )
 
 
 def draw_condition(table: Table, column: Column, rng: random.Random, *, qualified: bool = False) -> Condition:

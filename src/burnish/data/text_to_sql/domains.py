@@ -20,7 +20,25 @@ from __future__ import annotations
 
 # Column names that may occur in more than one split: no realistic set of schemas does without them.
 SHARED_COLUMNS = frozenset(
-    "id name price age weight height length speed capacity rating salary cost size distance duration status city".split()
+    [
+        "id",
+        "name",
+        "price",
+        "age",
+        "weight",
+        "height",
+        "length",
+        "speed",
+        "capacity",
+        "rating",
+        "salary",
+        "cost",
+        "size",
+        "distance",
+        "duration",
+        "status",
+        "city",
+    ]
 )
 
 TRAIN_WORLDS = """

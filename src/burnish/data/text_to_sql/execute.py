@@ -32,12 +32,16 @@ def _refuses_function(action: int, first: str | None, second: str | None) -> boo
     return action == sqlite3.SQLITE_FUNCTION and (second or first or "").lower() in _REFUSED_FUNCTIONS
 
 
-def _authorize_building(action: int, first: str | None, second: str | None, _database: str | None, _by: str | None) -> int:
+def _authorize_building(
+    action: int, first: str | None, second: str | None, _database: str | None, _by: str | None
+) -> int:
     refused = action in _BUILDING_REFUSED or _refuses_function(action, first, second)
     return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
 
 
-def _authorize_reading(action: int, first: str | None, second: str | None, _database: str | None, _by: str | None) -> int:
+def _authorize_reading(
+    action: int, first: str | None, second: str | None, _database: str | None, _by: str | None
+) -> int:
     allowed = action in _READING and not _refuses_function(action, first, second)
     return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 

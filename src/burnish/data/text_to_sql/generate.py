@@ -51,7 +51,9 @@ def _usable(draft: Draft, database: Database) -> bool:
     result = run_query(database.script, draft.sql)
     if not result.rows or len(result.rows) > _MAX_RESULT_ROWS or result.rows == [(None,)] or result.rows == [(0,)]:
         return False
-    return draft.loose_sql is None or not same_result(result, run_query(database.script, draft.loose_sql), ordered=draft.ordered)
+    return draft.loose_sql is None or not same_result(
+        result, run_query(database.script, draft.loose_sql), ordered=draft.ordered
+    )
 
 
 def generate(split: str, count: int, *, seed: int = 0) -> list[dict[str, object]]:

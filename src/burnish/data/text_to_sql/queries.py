@@ -48,7 +48,7 @@ def _pick(columns: list[Column], rng: random.Random) -> Column | None:
 
 
 def _shown(table: Table, rng: random.Random, *, most: int = 2) -> list[Column]:
-    count = min(len(table.columns), rng.choice((1, 1, 2)[:most + 1] if most > 1 else (1,)))
+    count = min(len(table.columns), rng.choice((1, 1, 2)[: most + 1] if most > 1 else (1,)))
     return rng.sample(list(table.columns), count)
 
 
@@ -91,7 +91,9 @@ def where(database: Database, rng: random.Random) -> Draft:
     questions = ()
     if len(columns) == 1:
         questions = (f"Which {columns[0].phrase} belongs to {table.plural} {condition.words}?",)
-    return Draft(kind="where", sql=f"{loose} WHERE {condition.sql}", phrase=phrase, questions=questions, loose_sql=loose)
+    return Draft(
+        kind="where", sql=f"{loose} WHERE {condition.sql}", phrase=phrase, questions=questions, loose_sql=loose
+    )
 
 
 def where_two(database: Database, rng: random.Random) -> Draft | None:
@@ -116,8 +118,13 @@ def count(database: Database, rng: random.Random) -> Draft:
         return Draft(kind="count", sql=loose, phrase=f"the number of {table.plural}", questions=questions)
     condition = draw_condition(table, rng.choice(table.columns), rng)
     phrase = f"{rng.choice(('the number of', 'the count of'))} {table.plural} {condition.words}"
-    questions = (f"How many {table.plural} are there {condition.words}?", f"How many {table.plural} {condition.words} exist?")
-    return Draft(kind="count", sql=f"{loose} WHERE {condition.sql}", phrase=phrase, questions=questions, loose_sql=loose)
+    questions = (
+        f"How many {table.plural} are there {condition.words}?",
+        f"How many {table.plural} {condition.words} exist?",
+    )
+    return Draft(
+        kind="count", sql=f"{loose} WHERE {condition.sql}", phrase=phrase, questions=questions, loose_sql=loose
+    )
 
 
 def count_distinct(database: Database, rng: random.Random) -> Draft | None:
@@ -185,14 +192,18 @@ def order(database: Database, rng: random.Random) -> Draft | None:
     words, direction = _order_words(key, rng)
     verb = rng.choice(("sorted by", "ordered by", "ranked by"))
     loose = f"SELECT {_names(columns)} FROM {table.name}"
-    phrase = f"the {_listed(columns, rng)} of {rng.choice(('all ', 'the ', ''))}{table.plural} {verb} {key.phrase} {words}"
+    phrase = (
+        f"the {_listed(columns, rng)} of {rng.choice(('all ', 'the ', ''))}{table.plural} {verb} {key.phrase} {words}"
+    )
     sql = f"{loose} ORDER BY {key.name} {direction}"
     return Draft(kind="order", sql=sql, phrase=phrase, ordered=True, loose_sql=loose)
 
 
 def top(database: Database, rng: random.Random) -> Draft | None:
     table = _any_table(database, rng)
-    numbers = [column for column in table.columns if column.is_number and len(set(table.values(column))) == len(table.rows)]
+    numbers = [
+        column for column in table.columns if column.is_number and len(set(table.values(column))) == len(table.rows)
+    ]
     key = _pick(numbers, rng)
     others = [column for column in table.columns if column != key]
     if key is None or not others:
@@ -328,7 +339,9 @@ def without_children(database: Database, rng: random.Random) -> Draft | None:
         return None
     parent, child, _ = related
     shown = rng.choice(parent.columns)
-    has, operator = rng.choice(((("without any", "that have no"), "NOT IN"), (("that have at least one", "with at least one"), "IN")))
+    has, operator = rng.choice(
+        ((("without any", "that have no"), "NOT IN"), (("that have at least one", "with at least one"), "IN"))
+    )
     noun = child.plural if operator == "NOT IN" else child.name
     phrase = f"the {shown.phrase} of {parent.plural} {rng.choice(has)} {noun}"
     loose = f"SELECT {shown.name} FROM {parent.name}"

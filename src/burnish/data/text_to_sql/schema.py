@@ -98,7 +98,9 @@ class Table:
         return f"CREATE TABLE {self.name} ({', '.join(parts)});"
 
     def insert_statements(self) -> list[str]:
-        return [f"INSERT INTO {self.name} VALUES ({', '.join(sql_literal(value) for value in row)});" for row in self.rows]
+        return [
+            f"INSERT INTO {self.name} VALUES ({', '.join(sql_literal(value) for value in row)});" for row in self.rows
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,50 @@
+"""What `plan` and `doctor` print. Torch-free."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from burnish.measure.formatting import format_bytes, format_count, format_seconds
+from burnish.plan.doctor import Check
+from burnish.plan.predict import Plan
+
+_STATUS_STYLE = {"ok": "green", "missing": "dim", "warning": "yellow", "error": "red"}
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """Sizes, then a line per stage with its largest parts."""
+    device = plan.device
+    console.print(f"{plan.model} on {device.name} ({format_bytes(device.usable_bytes)} usable)", style="bold")
+    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.weight_bytes.items())
+    console.print(f"{format_count(plan.parameters)} parameters; weights in {sizes}", soft_wrap=True)
+    per_token = format_bytes(plan.kv_bytes_per_token)
+    console.print(f"loaded in {plan.dtype}; keys and values {per_token} per token")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("stage", "peak", "fits", "time", "largest parts"):
+        table.add_column(heading, justify="right" if heading in ("peak", "time") else "left", overflow="fold")
+    for stage in plan.stages:
+        parts = sorted(stage.components.items(), key=lambda item: -item[1])[:3]
+        fits = Text("yes", style="green") if stage.fits else Text("no", style="red")
+        time = "–" if stage.seconds is None else format_seconds(stage.seconds)
+        largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
+        table.add_row(stage.name, format_bytes(stage.peak_bytes), fits, time, largest)
+    console.print(table)
+    for stage in plan.stages:
+        if stage.remedy:
+            console.print(f"{stage.name}: {stage.remedy}", style="dim", soft_wrap=True)
+
+
+def show_checks(console: Console, checks: list[Check]) -> None:
+    """A line per fact, grouped."""
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for _ in range(4):
+        table.add_column(overflow="fold")
+    group = None
+    for check in checks:
+        detail = check.detail if check.remedy is None else f"{check.detail} {check.remedy}".strip()
+        mark = Text(check.status, style=_STATUS_STYLE.get(check.status, ""))
+        table.add_row(check.group if check.group != group else "", check.name, mark, detail)
+        group = check.group
+    console.print(table)
