@@ -21,6 +21,7 @@ TORCH_FREE = [
     "track/**/*.py",
     "models/config.py",
     "models/families/**/*.py",
+    "models/hf_config.py",
     "models/shapes.py",
     "data/text_to_sql/**/*.py",
     "data/rows.py",

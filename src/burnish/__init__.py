@@ -36,7 +36,25 @@ _HOME = {
     "tune": "burnish.pipeline.tune",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = [
+    "BurnishError",
+    "DataConfig",
+    "Engine",
+    "LoraConfig",
+    "QuantizeConfig",
+    "SamplingParams",
+    "Source",
+    "TrainConfig",
+    "Workload",
+    "__version__",
+    "bench",
+    "evaluate",
+    "load",
+    "merge",
+    "plan",
+    "quantize",
+    "tune",
+]
 
 if TYPE_CHECKING:
     from burnish.compress.config import QuantizeConfig

@@ -7,11 +7,20 @@ import pytest
 from burnish.errors import ConfigError
 from burnish.plan.devices import DEVICES, find_device, smallest_that_holds
 
-PROMISED = (
-    (
-        "t4 p100 v100-16g a10g l4 rtx-3060-12g rtx-3090 rtx-4090 a100-40g a100-80g h100-80g h200"  # as the command line says
-    ).split()
-)
+PROMISED = [
+    "t4",
+    "p100",
+    "v100-16g",
+    "a10g",
+    "l4",
+    "rtx-3060-12g",
+    "rtx-3090",
+    "rtx-4090",
+    "a100-40g",
+    "a100-80g",
+    "h100-80g",
+    "h200",
+]
 
 
 def test_catalogue_has_every_promised_device() -> None:

@@ -161,7 +161,7 @@ def test_remedy_of_a_model_too_large_for_any_device_says_so() -> None:
 
 @pytest.mark.parametrize("stage", ["inference", "lora", "full", "quantize", "load"])
 def test_remedy_that_is_advised_fits(stage: str) -> None:
-    # 10 GiB hold a model of a billion parameters in 16 bits, and not much of the default work.
+    # 4 GiB hold the weights of a model of a billion parameters in 16 bits, and little work.
     prediction = predict_stage(
         shape("tinyllama-1.1b"), stage, device=laptop(memory_gib=4), options=PlanOptions(dtype="float32")
     )

@@ -1,4 +1,4 @@
-"""Train the base model's tokenizer: byte-level BPE, so that any text round-trips, with the chat form's special tokens."""
+"""Train the base model's tokenizer: byte-level BPE, so that any text round-trips, with tokens for the chat form."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import itertools
 import json
 from pathlib import Path
 
-from corpus import documents
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from corpus import documents
 
 VOCAB_SIZE = 3072
 END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT, END = (
@@ -19,16 +20,18 @@ END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT, END = (
     "<|end|>",
 )
 SPECIAL_TOKENS = [END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT, END]
-# Words carry the space or the underscore before them, digits stand alone, so a name reads alike in a question and in SQL.
+# Words carry the space or underscore before them and digits stand alone: names read alike in a question and in SQL.
 WORDS = r"'s| ?\p{L}+|_\p{L}+| ?\p{N}|\n+| ?[^\s\p{L}\p{N}_]+|_|\s+"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 PLAIN_ENGLISH = (
-    "What Which How many Show List Give me Find Tell me Please return Can you show me I would like to see are there exist belongs "
-    "Write the SQL query that answers the question. Below is an instruction that describes a task, paired with an input that "
-    "provides further context. Write a response that appropriately completes the request. ### Instruction: ### Input: ### Response: "
+    "What Which How many Show List Give me Find Tell me Please return Can you show me I would like to see "
+    "are there exist belongs "
+    "Write the SQL query that answers the question. Below is an instruction that describes a task, paired with an "
+    "input that provides further context. Write a response that appropriately completes the request. "
+    "### Instruction: ### Input: ### Response: "
 )
 
 
@@ -53,9 +56,15 @@ def main() -> None:
     tokenizer.train_from_iterator(text, trainer)
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024, "bos_token": None, "eos_token": END, "pad_token": PAD,
-        "unk_token": None, "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 1024,
+        "bos_token": None,
+        "eos_token": END,
+        "pad_token": PAD,
+        "unk_token": None,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

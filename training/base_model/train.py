@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from corpus import documents
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -30,23 +29,39 @@ from burnish.data.text_to_sql.schema import WordLists, draw_database, parse_worl
 from burnish.models.attention import AttentionSpec
 from burnish.models.config import ModelConfig
 from burnish.models.decoder import Decoder
+from corpus import documents
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src/burnish/data/assets/burnish-sql-base"
 CONFIG = ModelConfig(
-    family="llama", vocab_size=3072, hidden_size=256, intermediate_size=768, num_layers=6, num_heads=4, num_kv_heads=2,
-    head_dim=64, rotary_dim=64, max_position_embeddings=1024, norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, eos_ids=(5,),
-)  # fmt: skip
+    family="llama",
+    vocab_size=3072,
+    hidden_size=256,
+    intermediate_size=768,
+    num_layers=6,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    rotary_dim=64,
+    max_position_embeddings=1024,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    eos_ids=(5,),
+)
 IGNORED = -100  # labels that do not count
 QUESTIONS_FROM = 1750  # batches of scripts and prose before lists of questions join them
 QUESTION_SHARE = 0.2
+WIDE_FROM = 3000  # batches before the vocabulary of names widens
 STEP = 48  # document lengths are filled up to a multiple of this
 
 
 def batches(tokenizer: Tokenizer, *, tokens: int, seed: int) -> Iterator[Tensor]:
-    """(rows, length) token ids of about `tokens` in all: one document a row with end-of-text after it, filled up with
-    `IGNORED` to a multiple of `STEP`. Documents of like length go together, and few shapes occur, which keeps kernels warm.
-    Lists of questions come in after `QUESTIONS_FROM` batches, once the rest has begun to make sense.
+    """(rows, length) token ids, about `tokens` in all: one document a row, end-of-text after it.
+
+    Rows are filled up with `IGNORED` to a multiple of `STEP`: documents of like length go together, and few shapes
+    occur, which keeps kernels warm. Lists of questions come in after `QUESTIONS_FROM` batches, once the rest has begun
+    to make sense, and the names become harder after `WIDE_FROM`.
     """
     end = tokenizer.token_to_id("<|endoftext|>")
     source = documents(seed)
@@ -65,10 +80,12 @@ def batches(tokenizer: Tokenizer, *, tokens: int, seed: int) -> Iterator[Tensor]
                 count += 1
                 if count == QUESTIONS_FROM:
                     source = documents(seed, question_share=QUESTION_SHARE)
+                if count == WIDE_FROM:
+                    source = documents(seed, question_share=QUESTION_SHARE, wide=True)
 
 
 def commented_queries(tokenizer: Tokenizer, count: int) -> list[tuple[list[int], list[int]]]:
-    """Schema and comment, and the query that follows, over the task's validation worlds: what the base picks up on its own."""
+    """Schema with a comment, and the query that follows, over the task's validation worlds: what the base can do."""
     rng = random.Random("burnish-base/probe")
     worlds, words = parse_worlds(VALIDATION_WORLDS), WordLists(VALIDATION_WORDS)
     pairs = []
@@ -172,8 +189,16 @@ def main() -> None:
         log.flush()
 
     if not first:
-        write({"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": options.threads,
-               "parameters": sum(p.numel() for p in masters), "steps": options.steps, "batch_tokens": options.batch_tokens})  # fmt: skip
+        write(
+            {
+                "machine": platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+                "threads": options.threads,
+                "parameters": sum(p.numel() for p in masters),
+                "steps": options.steps,
+                "batch_tokens": options.batch_tokens,
+            }
+        )
     model.train()
     window = time.perf_counter()
     for step in range(first, options.steps):

@@ -90,7 +90,8 @@ def open_chat(
         console.print(
             f"{model}: {stats.engine} engine, {stats.dtype} on {stats.device}, {stats.threads} threads, "
             f"{format_bytes(stats.weights_bytes)} of weights\n"
-            f"load {format_seconds(loaded_s)}{quantized}, optimise {format_seconds(stats.optimise_s)}, warm-up {format_seconds(stats.warmup_s)}",
+            f"load {format_seconds(loaded_s)}{quantized}, optimise {format_seconds(stats.optimise_s)}, "
+            f"warm-up {format_seconds(stats.warmup_s)}",
             markup=False,
         )
     name = template
@@ -267,7 +268,8 @@ class ChatSession:
 
     def _line(self, metrics: RequestMetrics, meter: MemoryMeter) -> str:
         return (
-            f"[{metrics.prompt_tokens} tokens in, {metrics.output_tokens} out | TTFT {format_milliseconds(metrics.ttft_ms)} | "
+            f"[{metrics.prompt_tokens} tokens in, {metrics.output_tokens} out | "
+            f"TTFT {format_milliseconds(metrics.ttft_ms)} | "
             f"TPOT {format_milliseconds(metrics.tpot_ms)} | {format_rate(_rate(metrics))} tokens/s in + out | "
             f"peak memory {format_bytes(max(meter.peak_bytes, resident_bytes()))}]"
         )

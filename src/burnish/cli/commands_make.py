@@ -74,23 +74,47 @@ def tune(
     )
     settings: dict[str, Any] = {"method": method, "schedule": schedule, "precision": precision}
     train_config = TrainConfig(
-        steps=steps, epochs=epochs, micro_batch_size=micro_batch_size, gradient_accumulation=gradient_accumulation,
-        learning_rate=learning_rate, warmup=warmup, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
-        gradient_checkpointing=gradient_checkpointing, eval_every=eval_every, max_seconds=max_seconds, seed=seed, **settings,
-    )  # fmt: skip
+        steps=steps,
+        epochs=epochs,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        gradient_checkpointing=gradient_checkpointing,
+        eval_every=eval_every,
+        max_seconds=max_seconds,
+        seed=seed,
+        **settings,
+    )
     lora = LoraConfig(rank=rank, alpha=alpha, dropout=dropout, target_modules=roles)
     rows = DataConfig(
-        source=data, template=template, columns=options.parse_columns(columns), max_length=max_length, too_long=too_long,
-        limit=limit, check_sql=check_sql, seed=seed, offline=offline,
-    )  # fmt: skip
+        source=data,
+        template=template,
+        columns=options.parse_columns(columns),
+        max_length=max_length,
+        too_long=too_long,
+        limit=limit,
+        check_sql=check_sql,
+        seed=seed,
+        offline=offline,
+    )
     source = Source(
         device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle, dtype="float32"
     )
     with watching(quiet=quiet) as progress:
         record = run(
-            model, data=rows, out=out, lora=lora, config=train_config, eval_data=eval_data, source=source,
-            overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+            model,
+            data=rows,
+            out=out,
+            lora=lora,
+            config=train_config,
+            eval_data=eval_data,
+            source=source,
+            overwrite=overwrite,
+            progress=progress,
+        )
     for line in record.bad_rows:
         note(f"left out: {line}", quiet=quiet)
     if record.num_bad_rows > len(record.bad_rows):
@@ -128,9 +152,16 @@ def merge(
     source = Source(device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
     with watching(quiet=quiet) as progress:
         record = run(
-            adapter, out=out, base=base, dtype=dtype, source=source, data=gate_data,
-            limits=_limits(MERGE_LIMITS, max_kl, min_agreement), overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+            adapter,
+            out=out,
+            base=base,
+            dtype=dtype,
+            source=source,
+            data=gate_data,
+            limits=_limits(MERGE_LIMITS, max_kl, min_agreement),
+            overwrite=overwrite,
+            progress=progress,
+        )
     print_json(record) if json else show_merge(stdout(), record)
 
 
@@ -182,9 +213,18 @@ def quantize(
     )
     with watching(quiet=quiet) as progress:
         record = run(
-            model, out=out, config=settings, calibration=calibration, num_samples=samples, template=template, data=gate_data,
-            limits=_limits(QUANTIZE_LIMITS[bits], max_kl, min_agreement), source=source, overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+            model,
+            out=out,
+            config=settings,
+            calibration=calibration,
+            num_samples=samples,
+            template=template,
+            data=gate_data,
+            limits=_limits(QUANTIZE_LIMITS[bits], max_kl, min_agreement),
+            source=source,
+            overwrite=overwrite,
+            progress=progress,
+        )
     print_json(record) if json else show_quantize(stdout(), record)
 
 

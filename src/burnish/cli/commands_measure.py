@@ -57,9 +57,14 @@ def evaluate(
     rows = None
     if data is not None or limit is not None:
         rows = DataConfig(
-            source=data or "text-to-sql:test:300", template=template, columns=options.parse_columns(columns), limit=limit,
-            max_length=max_length, seed=seed, offline=offline,
-        )  # fmt: skip
+            source=data or "text-to-sql:test:300",
+            template=template,
+            columns=options.parse_columns(columns),
+            limit=limit,
+            max_length=max_length,
+            seed=seed,
+            offline=offline,
+        )
     source = Source(
         device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
     )
@@ -122,9 +127,17 @@ def bench(
     )
     with watching(quiet=quiet) as progress:
         result = run(
-            model, workload=workload, engine=engine, versus=vs, adapter=adapter, repeats=repeats, warmup=warmup,
-            kv_cache=kv_cache, source=source, progress=progress,
-        )  # fmt: skip
+            model,
+            workload=workload,
+            engine=engine,
+            versus=vs,
+            adapter=adapter,
+            repeats=repeats,
+            warmup=warmup,
+            kv_cache=kv_cache,
+            source=source,
+            progress=progress,
+        )
     if json:
         print_json(result.to_dict())
     elif isinstance(result, VersusResult):

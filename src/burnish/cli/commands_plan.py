@@ -59,10 +59,18 @@ def plan(
     from burnish.plan.predict import require_fit
 
     work = PlanOptions(
-        dtype=dtype, weight_format=weights, concurrency=concurrency, input_tokens=input_tokens, output_tokens=output_tokens,
-        micro_batch_size=micro_batch_size, sequence_tokens=sequence_tokens, gradient_checkpointing=gradient_checkpointing,
-        precision=precision, rank=rank, bits=bits,
-    )  # fmt: skip
+        dtype=dtype,
+        weight_format=weights,
+        concurrency=concurrency,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        micro_batch_size=micro_batch_size,
+        sequence_tokens=sequence_tokens,
+        gradient_checkpointing=gradient_checkpointing,
+        precision=precision,
+        rank=rank,
+        bits=bits,
+    )
     result = run(model, device=device, options=work, revision=revision, offline=offline)
     wanted = [name.strip() for name in (require or "").split(",") if name.strip()]
     for name in wanted:

@@ -165,9 +165,16 @@ def generate(
     if chat_template:
         given = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in given]
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
-        repetition_penalty=repetition_penalty, stop=tuple(stop or ()), ignore_eos=ignore_eos,
-    )  # fmt: skip
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
     source = Source(
         device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
     )

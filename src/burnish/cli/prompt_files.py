@@ -11,7 +11,7 @@ from burnish.errors import DataError
 
 
 def read_prompts(source: str) -> list[Any]:
-    """One prompt a line; in a .jsonl file (or lines that begin with a brace) each line is {"prompt": ...} or {"messages": [...]}.
+    """One prompt a line; a .jsonl file, or lines that begin with a brace, hold {"prompt": ...} or {"messages": [...]}.
 
     Raises:
         DataError: the file is missing or empty, or a line is malformed; it is named.

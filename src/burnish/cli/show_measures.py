@@ -68,14 +68,38 @@ def show_bench(console: Console, result: BenchResult) -> None:
     """One engine's figures."""
     low, high = result.spread["total_tokens_per_s"]
     rows = [
-        ("engine", f"{result.engine}, {result.dtype}{', ' + result.quantization if result.quantization else ''}, {result.device}, {result.threads} threads"),
-        ("workload", f"{result.num_requests} requests, {result.input_tokens} in + {result.output_tokens} out, {result.concurrency} at once"),
-        ("throughput", f"{format_rate(result.total_tokens_per_s)} tokens/s in + out ({format_rate(low)} to {format_rate(high)} over {result.repeats}), {format_rate(result.output_tokens_per_s)} out"),
+        (
+            "engine",
+            ", ".join(
+                filter(
+                    None, [result.engine, result.dtype, result.quantization, result.device, f"{result.threads} threads"]
+                )
+            ),
+        ),
+        (
+            "workload",
+            f"{result.num_requests} requests, {result.input_tokens} in + {result.output_tokens} out, "
+            f"{result.concurrency} at once",
+        ),
+        (
+            "throughput",
+            f"{format_rate(result.total_tokens_per_s)} tokens/s in + out "
+            f"({format_rate(low)} to {format_rate(high)} over {result.repeats}), "
+            f"{format_rate(result.output_tokens_per_s)} out",
+        ),
         ("TTFT p50/p90/p99", _percentiles(result.ttft_ms)),
         ("TPOT p50/p90/p99", _percentiles(result.tpot_ms)),
-        ("times", f"load {format_seconds(result.load_s)}, optimise {format_seconds(result.optimise_s)}, warm-up {format_seconds(result.warmup_s)}, steady {format_seconds(result.wall_s)}"),
-        ("memory", f"peak {format_bytes(result.peak_memory_bytes)}, weights {format_bytes(result.weights_bytes)}, KV {format_bytes(result.kv_bytes)}"),
-    ]  # fmt: skip
+        (
+            "times",
+            f"load {format_seconds(result.load_s)}, optimise {format_seconds(result.optimise_s)}, "
+            f"warm-up {format_seconds(result.warmup_s)}, steady {format_seconds(result.wall_s)}",
+        ),
+        (
+            "memory",
+            f"peak {format_bytes(result.peak_memory_bytes)}, weights {format_bytes(result.weights_bytes)}, "
+            f"KV {format_bytes(result.kv_bytes)}",
+        ),
+    ]
     facts(console, result.model, rows)
 
 

@@ -41,10 +41,18 @@ def _memory(peak: int, predicted: int | None) -> str:
 def _gate(gate: GateResult) -> list[tuple[str, str]]:
     return [
         ("gate", gate.verdict),
-        ("KL to parent", f"{format_divergence(gate.kl_mean)} nats/token (limit {gate.limits.max_kl_mean:g}; 99th percentile {format_divergence(gate.kl_p99)})"),
-        ("greedy agreement", f"{format_share(gate.greedy_agreement, digits=2)} of {format_count(gate.num_tokens)} tokens (limit {format_share(gate.limits.min_greedy_agreement)})"),
+        (
+            "KL to parent",
+            f"{format_divergence(gate.kl_mean)} nats/token (limit {gate.limits.max_kl_mean:g}; "
+            f"99th percentile {format_divergence(gate.kl_p99)})",
+        ),
+        (
+            "greedy agreement",
+            f"{format_share(gate.greedy_agreement, digits=2)} of {format_count(gate.num_tokens)} tokens "
+            f"(limit {format_share(gate.limits.min_greedy_agreement)})",
+        ),
         ("perplexity", f"{gate.perplexity_child:.4g} (parent {gate.perplexity_parent:.4g})"),
-    ]  # fmt: skip
+    ]
 
 
 def show_tune(console: Console, record: TuneRecord) -> None:
@@ -83,11 +91,20 @@ def show_quantize(console: Console, record: QuantizeRecord) -> None:
     """What a quantization did."""
     worst = sorted(record.layers, key=lambda layer: layer.error, reverse=True)[:3]
     rows = [
-        ("method", f"{record.method}, {record.bits} bits, groups of {record.group_size}, {record.bits_per_weight:.2f} stored bits per weight"),
-        ("calibration", f"{record.calibration_tokens} tokens of {record.calibration_source}" if record.calibration_source else "none"),
+        (
+            "method",
+            f"{record.method}, {record.bits} bits, groups of {record.group_size}, "
+            f"{record.bits_per_weight:.2f} stored bits per weight",
+        ),
+        (
+            "calibration",
+            f"{record.calibration_tokens} tokens of {record.calibration_source}"
+            if record.calibration_source
+            else "none",
+        ),
         ("written", f"{format_bytes(record.disk_bytes)} in {format_seconds(record.seconds)}"),
         ("memory, peak", _memory(record.peak_memory_bytes, record.predicted_peak_bytes)),
         ("worst layers", ", ".join(f"{layer.name.removeprefix('model.')} {layer.error:.4f}" for layer in worst)),
         *_gate(record.gate),
-    ]  # fmt: skip
+    ]
     facts(console, record.out, rows)

@@ -24,8 +24,8 @@ def load(
 ) -> tuple[Decoder, Tokenizer]:
     """Load a model and its tokenizer.
 
-    `model(tokens_BT)` takes (B, T) token ids and returns (B, T, vocab) logits. An adapter's folder stands for its base with
-    the adapter on it.
+    `model(tokens_BT)` takes (B, T) token ids and returns (B, T, vocab) logits. An adapter's folder stands for its base
+    with the adapter on it.
 
     Raises:
         CheckpointError, ConfigError: what is named is not there, is corrupt, or does not fit together.

@@ -144,9 +144,17 @@ def run_demo(
         story.add(stage=_stage(f"quantize {name}", made.seconds, made.predicted_peak_bytes, made.peak_memory_bytes))
         groups = f"groups of {config.group_size}"
         _measure(
-            story, name, made.out, source, rows, progress, parent="merged", description=f"GPTQ {config.bits} bits, {groups}", gate=made.gate,
+            story,
+            name,
+            made.out,
+            source,
+            rows,
+            progress,
+            parent="merged",
+            description=f"GPTQ {config.bits} bits, {groups}",
+            gate=made.gate,
             limits=GateLimits(max_score_drop=MAX_SCORE_DROP[name]),
-        )  # fmt: skip
+        )
 
     story.add(samples=pick_samples(story.scores))
     write_text(story.folder / "report.html", render(story.run, format="html"))

@@ -15,6 +15,7 @@ from burnish.measure.compare import compare_models
 from burnish.measure.evaluate import SqlScore, TextScore, evaluate_sql, evaluate_text
 from burnish.measure.perplexity import perplexity
 from burnish.pipeline.examples import DataConfig, prepare, read_data
+from burnish.pipeline.manifest import GOLDEN_TEXT
 from burnish.pipeline.opening import Opened, Source, data_of, engine_of, open_decoder
 from burnish.pipeline.progress import Progress, silent
 from burnish.pipeline.text_rows import read_texts
@@ -145,7 +146,7 @@ def score_rows(
 
 def _beside(opened: Opened, against: str, data: DataConfig, template: str, source: Source) -> dict[str, Any]:
     """KL and agreement with the parent on the rows' answers."""
-    parent = open_decoder(against, source)
+    parent = _open_parent(opened, against, source)
     longest = opened.decoder.config.max_position_embeddings
     examples = prepare(_with_template(data, template), opened.tokenizer, longest=longest).examples
     comparison = compare_models(opened.decoder, parent.decoder, examples.examples)
@@ -156,6 +157,23 @@ def _beside(opened: Opened, against: str, data: DataConfig, template: str, sourc
         "perplexity": comparison.perplexity_child,
         "num_tokens": comparison.num_tokens,
     }
+
+
+def _open_parent(opened: Opened, against: str, source: Source) -> Opened:
+    """The parent, which has to read text as its child does: a KL between two vocabularies means nothing.
+
+    Raises:
+        ConfigError: their tokenizers or vocabularies differ.
+    """
+    parent = open_decoder(against, source)
+    sizes = [model.decoder.config.vocab_size for model in (parent, opened)]
+    if sizes[0] != sizes[1] or parent.tokenizer.encode(GOLDEN_TEXT) != opened.tokenizer.encode(GOLDEN_TEXT):
+        raise ConfigError(
+            f"{against} has another vocabulary than {opened.name}",
+            got=f"{sizes[0]} tokens beside {sizes[1]}" if sizes[0] != sizes[1] else "tokenizers that differ",
+            expected="a parent with the same tokenizer",
+        )
+    return parent
 
 
 def _with_template(data: DataConfig, template: str) -> DataConfig:
@@ -182,7 +200,7 @@ def _evaluate_perplexity(opened: Opened, data: DataConfig, against: str | None, 
         result = perplexity(opened.decoder, sequences, positions=positions)
         figures: dict[str, Any] = {"perplexity": result.perplexity, "num_tokens": result.num_tokens}
     else:
-        parent = open_decoder(against, source)
+        parent = _open_parent(opened, against, source)
         comparison = compare_models(opened.decoder, parent.decoder, sequences, positions=positions)
         figures = {
             "perplexity": comparison.perplexity_child,

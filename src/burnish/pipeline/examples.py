@@ -94,7 +94,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, longest: int | None = N
 def held_out(
     tokenizer: Tokenizer, *, data: str | None, recorded: Mapping[str, object] | None, longest: int
 ) -> ExampleSet:
-    """Texts for a gate: the data given, else the evaluation data that the model was tuned with, else the bundled task's.
+    """Texts for a gate: the data given, else what the model was evaluated on while tuning, else the bundled task's.
 
     Args:
         data: a source that the user named.

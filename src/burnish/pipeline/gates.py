@@ -10,7 +10,7 @@ from burnish.errors import GateError
 from burnish.measure.compare import Comparison, Gate, GateLimits
 
 MERGE_LIMITS = GateLimits(max_kl_mean=1e-3, min_greedy_agreement=0.995)
-# What a quantization may cost by the number of bits: at 8 next to nothing; below, what a sound model of that width loses.
+# What a quantization may cost by its bits: at 8 next to nothing; below, what a sound model of that width loses.
 QUANTIZE_LIMITS = {
     8: GateLimits(max_kl_mean=0.01, min_greedy_agreement=0.98),
     4: GateLimits(max_kl_mean=0.10, min_greedy_agreement=0.93),

@@ -24,7 +24,7 @@ _SAMPLE_BYTES = 1 << 20
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """SHA-256 over the names, sizes, first and last MiB of a folder's weight files: quick, and different for other weights."""
+    """SHA-256 over names, sizes, first and last MiB of a folder's weight files: quick, and other for other weights."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         size = file.stat().st_size

@@ -54,7 +54,8 @@ class Source:
 class Opened:
     """A model in memory, ready to train, compare or serve.
 
-    `folder` holds the weights and the tokenizer; `name` is what the user called it; `adapter` the folder of the adapter on it.
+    `folder` holds the weights and the tokenizer, `name` is what the user called it, `adapter` is the folder of the
+    adapter on it.
     """
 
     decoder: Decoder

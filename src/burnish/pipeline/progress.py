@@ -9,7 +9,7 @@ class Progress(Protocol):
     """Called often; must be cheap."""
 
     def __call__(self, label: str, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` units of the work called `label` are finished; `note` is a short figure to show beside it."""
+        """`done` of `total` units of the work called `label` are finished; `note` is a figure to show beside it."""
         ...
 
 

@@ -14,6 +14,7 @@ from burnish.compress.quantize import LayerError, quantize_model
 from burnish.errors import ConfigError, DataError
 from burnish.measure.compare import GateLimits, compare_models
 from burnish.measure.memory import MemoryMeter
+from burnish.models.checkpoint import read_config
 from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import DataConfig, held_out, prepare
 from burnish.pipeline.gates import QUANTIZE_LIMITS, GateResult, gate_error, judge
@@ -84,6 +85,8 @@ def quantize(
         parent = open_decoder(model, source)
         if parent.adapter is not None:
             raise ConfigError(f"{model} is an adapter", remedy="Merge it first: burnish merge ADAPTER --out DIR")
+        if "quantization_config" in read_config(parent.folder):
+            raise ConfigError(f"{model} is quantized already", expected="a dense model", remedy="Start from its parent.")
         longest = parent.decoder.config.max_position_embeddings
         recorded = data_of(parent)
         tokens, calibration_source = _calibration(parent, config, calibration, num_samples, template)

@@ -11,7 +11,7 @@ NUM_SAMPLES = 3
 
 
 def pick_samples(scores: Mapping[str, SqlScore], *, count: int = NUM_SAMPLES) -> list[Sample]:
-    """Questions that tell the variants apart first, of different kinds, and one that the best variant gets wrong if there is one.
+    """Questions of different kinds that tell the variants apart, and one that the best variant gets wrong, if any.
 
     Args:
         scores: variant -> score over the same rows in the same order.

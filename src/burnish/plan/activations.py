@@ -1,6 +1,6 @@
 """What a forward and a backward pass keep in memory beside the weights, counted from the decoder's equations.
 
-Counted is what autograd saves in burnish's own decoder and adapters; other trainers keep more, having fused fewer steps.
+Counted is what autograd saves in burnish's own decoder and adapters; other trainers keep more, having fused less.
 Letters: N tokens, D hidden, I intermediate, H query heads, K kv heads, E head dim, V vocabulary, L layers.
 """
 

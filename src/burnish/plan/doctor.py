@@ -20,9 +20,9 @@ MIN_TORCH = (2, 6)
 
 # Extra -> the modules it brings.
 EXTRAS = {
-    "hf": ("transformers", "sentencepiece"),
+    "hf": ("transformers",),
     "data": ("datasets", "pyarrow"),
-    "dev": ("pytest", "hypothesis", "ruff"),
+    "dev": ("pytest", "hypothesis", "ruff", "sentencepiece"),
 }
 # Engine -> (module it needs, extra that brings the module); None for what is always there.
 ENGINES: dict[str, tuple[str, str] | None] = {

@@ -18,10 +18,10 @@ FIRST_USE_CPU = {
     "load": 4 * MIB,
     "generate": 25 * MIB,
     "train": 58 * MIB,
-    "quantize": 40 * MIB,
-    "merge": 20 * MIB,
+    "quantize": 80 * MIB,
+    "merge": 50 * MIB,
 }
-"""Code pages, thread pools and primitives that a stage touches for the first time."""
+"""Code pages, thread pools and primitives that a stage touches for the first time, and the rows it reads."""
 
 ALLOCATOR_LAYERS = 2.5
 """What the C library's allocator keeps of freed tensors, in units of one layer's activations.

@@ -20,25 +20,7 @@ from __future__ import annotations
 
 # Column names that may occur in more than one split: no realistic set of schemas does without them.
 SHARED_COLUMNS = frozenset(
-    [
-        "id",
-        "name",
-        "price",
-        "age",
-        "weight",
-        "height",
-        "length",
-        "speed",
-        "capacity",
-        "rating",
-        "salary",
-        "cost",
-        "size",
-        "distance",
-        "duration",
-        "status",
-        "city",
-    ]
+    "id name price age weight height length speed capacity rating salary cost size distance duration status city".split()
 )
 
 TRAIN_WORLDS = """

@@ -7,6 +7,7 @@ PRAGMA, and a progress handler ends a query that takes too long.
 from __future__ import annotations
 
 import sqlite3
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def run_query(database: str, sql: str, *, timeout_s: float = 2.0) -> QueryResult
     """
     connection = sqlite3.connect(":memory:")
     try:
-        if hasattr(connection, "setlimit"):  # Python 3.11 and later
+        if sys.version_info >= (3, 11):
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000_000)
         connection.execute("PRAGMA trusted_schema = OFF")
         deadline = time.monotonic() + timeout_s

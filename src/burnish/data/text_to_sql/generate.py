@@ -1,4 +1,4 @@
-"""Making the task's examples: a question, the schema it is about, the SQL that answers it, and the rows to check it on."""
+"""Making the task's examples: a question, the schema it is about, the SQL that answers it, rows to check it on."""
 
 from __future__ import annotations
 
@@ -41,8 +41,18 @@ def question_of(draft: Draft, rng: random.Random) -> str:
     """Put a draft's phrase, or one of its own questions, the way people ask."""
     if draft.questions and rng.random() < 0.5:
         return rng.choice(draft.questions)
-    wordings = ("Show {}.", "List {}.", "Give me {}.", "Find {}.", "What is {}?", "Tell me {}.", "I would like to see {}.",
-                "Can you show me {}?", "Please return {}.", "What are {}?")  # fmt: skip
+    wordings = (
+        "Show {}.",
+        "List {}.",
+        "Give me {}.",
+        "Find {}.",
+        "What is {}?",
+        "Tell me {}.",
+        "I would like to see {}.",
+        "Can you show me {}?",
+        "Please return {}.",
+        "What are {}?",
+    )
     return rng.choice(wordings).format(draft.phrase)
 
 
@@ -88,8 +98,12 @@ def generate(split: str, count: int, *, seed: int = 0) -> list[dict[str, object]
             continue
         seen.add((question, database.schema))
         example = SqlExample(
-            question=question, context=database.schema, answer=draft.sql, database=database.script,
-            ordered=draft.ordered, kind=draft.kind,
-        )  # fmt: skip
+            question=question,
+            context=database.schema,
+            answer=draft.sql,
+            database=database.script,
+            ordered=draft.ordered,
+            kind=draft.kind,
+        )
         examples.append(asdict(example))
     return examples

@@ -353,9 +353,19 @@ Builder = Callable[[Database, random.Random], Draft | None]
 
 # How often each kind is drawn.
 SINGLE_TABLE: tuple[tuple[Builder, int], ...] = (
-    (select_all, 1), (where, 6), (where_two, 4), (count, 3), (count_distinct, 1), (distinct, 1), (aggregate, 3),
-    (order, 3), (top, 3), (group, 3), (having, 2), (above_average, 2),
-)  # fmt: skip
+    (select_all, 1),
+    (where, 6),
+    (where_two, 4),
+    (count, 3),
+    (count_distinct, 1),
+    (distinct, 1),
+    (aggregate, 3),
+    (order, 3),
+    (top, 3),
+    (group, 3),
+    (having, 2),
+    (above_average, 2),
+)
 TWO_TABLES: tuple[tuple[Builder, int], ...] = ((join_where, 4), (join_show, 2), (join_count, 2), (without_children, 2))
 
 

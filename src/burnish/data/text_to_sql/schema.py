@@ -66,7 +66,7 @@ class TableKind:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table with its chosen columns and rows; rows hold id, the columns in order and parent_id if there is a parent."""
+    """A table with its chosen columns; rows hold id, the columns in order, and the parent's id if there is a parent."""
 
     name: str
     columns: tuple[Column, ...]
@@ -217,7 +217,7 @@ def draw_value(column: Column, words: Words, rng: random.Random) -> str | int | 
 
 
 def _draw_cells(column: Column, count: int, words: Words, rng: random.Random) -> list[str | int | float]:
-    """A column's cells: numbers are distinct so that an order has no ties; some text values repeat so that groups exist."""
+    """A column's cells: numbers differ so that an order has no ties, some texts repeat so that groups exist."""
     cells: list[str | int | float] = []
     wide_enough = column.kind in ("real", "date") or (column.is_number and column.high - column.low >= 2 * count)
     while len(cells) < count:
