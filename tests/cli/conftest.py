@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import io
+import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tiny_llama import sql_rows, write_json, write_tiny_llama
+from command_line import Cli, Done
 
 from burnish.cli.main import run
 from burnish.pipeline.examples import DataConfig
@@ -19,34 +17,7 @@ from burnish.pipeline.opening import Source
 from burnish.pipeline.tune import tune
 from burnish.train.config import TrainConfig
 from burnish.train.lora import LoraConfig
-
-
-@dataclass(frozen=True)
-class Done:
-    """What one command line did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.code in (0, 4, 130), self.err
-        return json.loads(self.out)
-
-    def fails(self, code: int, *parts: str) -> None:
-        """One line on stderr that names every part; nothing of ours fell through to the catch-all."""
-        assert self.code == code, (self.code, self.out, self.err)
-        assert self.err.startswith("error: "), self.err
-        assert self.err.count("\n") == 1, self.err
-        assert self.err.endswith("\n"), self.err
-        for sign in ("Traceback", "BURNISH_TRACEBACK", "Errno"):
-            assert sign not in self.err, self.err
-        for part in parts:
-            assert part in self.err, self.err
-
-
-Cli = Callable[..., Done]
+from tiny_llama import sql_rows, write_json, write_tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +34,6 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Run a command line in this process; `stdin` is what is piped in."""
 
     def call(*arguments: object, stdin: str | None = None) -> Done:
-        import io
-
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
@@ -106,6 +75,4 @@ def merged(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def broken(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model to break."""
-    import shutil
-
     return Path(shutil.copytree(tiny, tmp_path / "broken"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Cli
+from command_line import Cli
+
 from tiny_llama import SCHEMA, sql_rows, write_json
 
 
@@ -80,13 +82,12 @@ def test_all_rows_too_long_name_the_shortest(tune, rows_file: Path) -> None:
 
 def test_all_labels_masked_by_truncation_says_so(cli: Cli, tune, tmp_path: Path, monkeypatch) -> None:
     from burnish.data import examples
-    from burnish.data.examples import Example
 
     real = examples.make_example
 
     def masked(row, tokenizer, template):
         example = real(row, tokenizer, template)
-        return Example(tokens=example.tokens, labels=[-100] * len(example.tokens), row=row)
+        return replace(example, labels=[-100] * len(example.tokens))
 
     monkeypatch.setattr(examples, "make_example", masked)
     tune(write_json(tmp_path / "rows.json", sql_rows(3))).fails(2, "all labels are masked")
@@ -127,9 +128,9 @@ def test_prompts_file_names_the_bad_line(cli: Cli, tiny: Path, tmp_path: Path) -
     with_lines(good, "", "{oops").fails(2, "prompts.jsonl line 3 is not JSON")
     with_lines(good, '{"text": "x"}').fails(2, "prompts.jsonl line 2 has no prompt")
     with_lines("").fails(2, "holds no prompts")
-    with_lines(good, '{"messages": [{"role": "user"}]}').fails(2, "messages")
-    with_lines(good, '{"messages": ["hello"]}').fails(2, "messages")
-    with_lines(good, '{"prompt": [1, "x"]}').fails(2, "prompt")
+    with_lines(good, '{"messages": [{"role": "user"}]}').fails(2, "prompts.jsonl line 2 has malformed messages")
+    with_lines(good, '{"messages": ["hello"]}').fails(2, "prompts.jsonl line 2 has malformed messages")
+    with_lines(good, '{"prompt": [1, "x"]}').fails(2, "prompts.jsonl line 2")
     cli("generate", tiny, "--prompts", tmp_path / "no.txt").fails(2, "there is no file", "no.txt")
 
 

@@ -8,8 +8,9 @@ import struct
 from pathlib import Path
 
 import pytest
-from conftest import Cli
+from command_line import Cli
 from safetensors.torch import load_file, save_file
+
 from tiny_llama import write_tiny_llama
 
 
@@ -62,7 +63,7 @@ def test_config_without_sizes_names_the_key(cli: Cli, broken: Path) -> None:
 def test_config_with_a_wrong_size_names_the_key(cli: Cli, broken: Path, value: object) -> None:
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": value}))
-    generate(cli, broken).fails(2, "num_hidden_layers")
+    generate(cli, broken).fails(2, "config.json", "layers")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 100_000])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_llama import sql_rows, write_json, write_tiny_llama
 
 from burnish.pipeline.examples import DataConfig
 from burnish.pipeline.merge import MergeRecord, merge
@@ -13,6 +12,7 @@ from burnish.pipeline.opening import Source
 from burnish.pipeline.tune import TuneRecord, tune
 from burnish.train.config import TrainConfig
 from burnish.train.lora import LoraConfig
+from tiny_llama import sql_rows, write_json, write_tiny_llama
 
 FAST = TrainConfig(steps=12, micro_batch_size=4, learning_rate=5e-3, precision="float32")
 LORA = LoraConfig(rank=4, alpha=8)

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny_llama import write_json, write_tiny_llama
 
 from burnish.data.text_to_sql.generate import generate
 from burnish.errors import ConfigError, DataError
@@ -14,6 +13,7 @@ from burnish.pipeline.examples import DataConfig
 from burnish.pipeline.merge import MergeRecord
 from burnish.pipeline.opening import Source, open_decoder
 from burnish.pipeline.tune import TuneRecord
+from tiny_llama import write_json, write_tiny_llama
 
 FLOAT = Source(dtype="float32")
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from pipeline_fakes import logits_of
-from tiny_llama import write_tiny_llama
 
 import burnish
 from burnish.errors import CheckpointError, ConfigError
 from burnish.pipeline.merge import MergeRecord
 from burnish.pipeline.opening import Source, check_output, open_decoder, open_engine
 from burnish.pipeline.tune import TuneRecord
+from tiny_llama import write_tiny_llama
 
 TOKENS = [[7, 300, 12, 2999]]
 

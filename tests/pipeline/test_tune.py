@@ -9,7 +9,6 @@ import torch
 import transformers
 from peft import PeftModel
 from pipeline_fakes import logits_of, read_manifest_of
-from tiny_llama import write_json
 
 from burnish.errors import ConfigError, DataError
 from burnish.pipeline.examples import DataConfig
@@ -17,6 +16,7 @@ from burnish.pipeline.opening import Source, open_decoder
 from burnish.pipeline.tune import TuneRecord, tune
 from burnish.train.config import TrainConfig
 from burnish.train.lora import LoraConfig
+from tiny_llama import write_json
 
 TOKENS = [[7, 300, 12, 2999, 41, 8, 500, 6]]
 

@@ -1,4 +1,4 @@
-"""Word lists for the base model's corpus: common nouns, adjectives, what is measured, who does things, and syllables."""
+"""Word lists for the corpus of the base model: nouns, adjectives, measures, roles, places, names, syllables."""
 
 from __future__ import annotations
 

@@ -97,6 +97,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    text = read_text_option(context)
     opened = open_chat(
         model,
         source,
@@ -107,7 +108,7 @@ def chat(
         kv_cache=kv_cache,
         quiet=quiet or json,
     )
-    session = ChatSession(opened, params, system=system, context=read_text_option(context), json=json, quiet=quiet)
+    session = ChatSession(opened, params, system=system, context=text, json=json, quiet=quiet)
     return session.run(sys.stdin)
 
 

@@ -38,4 +38,11 @@ def _from_json(name: str, number: int, line: str) -> Any:
     value = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
     if not isinstance(value, (str, list)) or not value:
         raise DataError(f"{name} line {number} has no prompt", expected='{"prompt": "..."} or {"messages": [...]}')
+    is_tokens = "prompt" in row and isinstance(value, list) and all(type(token) is int for token in value)
+    if isinstance(value, list) and not is_tokens and not all(map(_is_message, value)):
+        raise DataError(f"{name} line {number} has malformed messages", expected='{"role": "...", "content": "..."} each')
     return value
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)

@@ -18,6 +18,12 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "quick_gelu")
 ROPE_TYPES = ("linear", "dynamic", "yarn", "longrope", "llama3")
 
 
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One decoder-only transformer.
@@ -95,9 +101,10 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is out of range", got=getattr(self, name), expected="1 or more")
+        for name in SIZES:
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ConfigError(f"{name} is out of range", got=repr(size), expected="a whole number, 1 or more")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 "num_heads must be a multiple of num_kv_heads", got=f"{self.num_heads} and {self.num_kv_heads}"

@@ -1,0 +1,1 @@
+"""Training: LoRA and full fine-tuning, losses, batches, adapters on disk."""
