@@ -1,4 +1,4 @@
-"""A tiny random Llama with the bundled tokenizer, and rows to tune it on: real enough for every stage, quick on one core."""
+"""A tiny random Llama with the bundled tokenizer, and rows to tune it on: enough for every stage, quick on one core."""
 
 from __future__ import annotations
 

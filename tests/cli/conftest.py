@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from command_line import Cli, Done
+from made_runs import made_run
 
 from burnish.cli.main import run
 from burnish.pipeline.examples import DataConfig
 from burnish.pipeline.merge import merge
 from burnish.pipeline.opening import Source
+from burnish.pipeline.runs import save_run
 from burnish.pipeline.tune import tune
 from burnish.train.config import TrainConfig
 from burnish.train.lora import LoraConfig
@@ -76,3 +78,12 @@ def merged(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def broken(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model to break."""
     return Path(shutil.copytree(tiny, tmp_path / "broken"))
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as a demo leaves it."""
+    folder = tmp_path_factory.mktemp("runs") / "20261121-101112-demo"
+    folder.mkdir()
+    save_run(folder, made_run())
+    return folder

@@ -7,12 +7,15 @@ import torch
 from pipeline_fakes import logits_of, read_manifest_of
 
 from burnish.compress.config import QuantizeConfig
-from burnish.errors import ConfigError, DataError, GateError
+from burnish.errors import BurnishError, ConfigError, DataError, GateError
 from burnish.measure.compare import GateLimits
-from burnish.pipeline.merge import MergeRecord
+from burnish.pipeline.examples import DataConfig
+from burnish.pipeline.merge import MergeRecord, merge
 from burnish.pipeline.opening import Source, open_decoder
 from burnish.pipeline.quantize import quantize
-from burnish.pipeline.tune import TuneRecord
+from burnish.pipeline.tune import TuneRecord, tune
+from burnish.train.config import TrainConfig
+from burnish.train.lora import LoraConfig
 
 NO_LIMITS = GateLimits()
 TOKENS = [[7, 300, 12, 2999, 41, 8, 500, 6]]
@@ -92,6 +95,25 @@ def test_calibration_for_a_method_that_needs_none_is_refused(
 def test_quantizing_an_adapter_says_to_merge_it(tuned: TuneRecord, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="burnish merge"):
         quantize(tuned.adapter, out=tmp_path / "q")
+
+
+def test_adapter_on_a_quantized_base_learns_and_is_not_merged_into_it(
+    merged: MergeRecord, rows_file: Path, tmp_path: Path
+) -> None:
+    config = QuantizeConfig(method="rtn", bits=8, group_size=16)
+    quantize(merged.out, out=tmp_path / "q8", config=config, limits=NO_LIMITS)
+    record = tune(
+        str(tmp_path / "q8"),
+        data=DataConfig(source=str(rows_file)),
+        out=tmp_path / "adapter",
+        lora=LoraConfig(rank=4, alpha=8),
+        config=TrainConfig(steps=12, micro_batch_size=4, learning_rate=5e-3, precision="float32"),
+        source=Source(dtype="float32"),
+    )
+    assert record.steps[-1]["loss"] < record.steps[0]["loss"]
+    assert logits_of(open_decoder(record.adapter, Source(dtype="float32")).decoder, TOKENS).isfinite().all()
+    with pytest.raises(BurnishError, match="cannot be merged into quantized weights"):
+        merge(record.adapter, out=tmp_path / "merged")
 
 
 def test_quantizing_a_quantized_model_is_refused(merged: MergeRecord, tmp_path: Path) -> None:

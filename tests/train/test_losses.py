@@ -39,15 +39,18 @@ def test_masked_positions_reach_neither_the_head_nor_the_gradient(
     case: tuple[torch.Tensor, torch.Tensor, nn.Linear],
 ) -> None:
     hidden, labels, head = case
-    seen: list[int] = []
+    seen: list[torch.Tensor] = []
 
     def logits(hidden_CD: torch.Tensor) -> torch.Tensor:
-        seen.append(len(hidden_CD))
+        seen.append(hidden_CD.detach())
         return head(hidden_CD)
 
     loss = masked_cross_entropy(hidden, labels, logits=logits, vocab_size=V, chunk_positions=4)
-    assert sum(seen) == int((labels != -100).sum()) == 10
-    assert max(seen) == 4
+    rows = torch.cat(seen)
+    assert torch.equal(rows[:10], hidden[labels != -100])
+    assert len(rows) == 12
+    assert not rows[10:].any()
+    assert max(len(part) for part in seen) == 4
     (grad,) = torch.autograd.grad(loss, (hidden,))
     assert not grad[labels == -100].any()
     assert grad[labels != -100].abs().sum(-1).min() > 0

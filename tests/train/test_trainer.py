@@ -250,7 +250,7 @@ def test_steps_report_tokens_rates_and_norms(run: Callable[..., TrainResult], ma
     assert result.tokens_per_s == pytest.approx(
         sum(step.tokens for step in steady) / sum(step.seconds for step in steady)
     )
-    assert 0 < result.padding_share < 0.5
+    assert 0 < result.padding_share < 0.6  # widths are multiples of 16
 
 
 def test_clipping_bounds_the_update_but_reports_the_true_norm(

@@ -66,6 +66,8 @@ def main() -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    ends = {"eos_token_id": tokenizer.token_to_id(END), "pad_token_id": tokenizer.token_to_id(PAD)}
+    (out / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from burnish.cli.output import stderr, to_plain
+from burnish.cli.output import counted, stderr, to_plain
 from burnish.compress.config import QuantizeConfig
 from burnish.data.rows import Row
 from burnish.data.templates import Template, pick_template
@@ -23,12 +23,12 @@ from burnish.pipeline.opening import Opened, Source, data_of, engine_of, open_de
 
 HELP = """\
 /help            this list
-/context TEXT    put TEXT before every question (a schema, say); /context alone clears it
-/system TEXT     system message; /system alone clears it
+/context TEXT    put TEXT, say a schema, before every question; no TEXT clears it
+/system TEXT     system message; no TEXT clears it
 /reset           forget the conversation
 /stats           figures of the session
 /quit            leave (also Ctrl-D)
-A line that ends with a backslash goes on in the next one. Ctrl-C stops an answer."""
+A backslash at its end continues a line in the next. Ctrl-C stops an answer."""
 QUANTIZE = {"int8": 8, "int4": 4}
 
 
@@ -44,6 +44,7 @@ class OpenedChat:
     template: Template | None
     single_turn: bool
     model: str
+    loaded_s: float
 
 
 def open_chat(
@@ -79,7 +80,7 @@ def open_chat(
         if quantize != "none":
             raise ConfigError("--quantize needs the native engine", got=f"--engine {engine}")
         running = open_engine(model, source, adapter=adapter, engine=engine, max_num_seqs=1, kv_cache=kv_cache)
-        from burnish.models.loading import resolve_model
+        from burnish.models.resolve import resolve_model
 
         tokenizer = required_tokenizer(resolve_model(model, revision=source.revision, offline=source.offline))
         quantized_s, loaded_s = 0.0, time.perf_counter() - started
@@ -99,7 +100,7 @@ def open_chat(
         name = str(recorded["template"])
     chosen = pick_template(name, tokenizer) if name != "auto" or tokenizer.chat_template is not None else None
     single = recorded is not None and not recorded.get("multi_turn", False)
-    return OpenedChat(engine=running, tokenizer=tokenizer, template=chosen, single_turn=single, model=model)
+    return OpenedChat(engine=running, tokenizer=tokenizer, template=chosen, single_turn=single, model=model, loaded_s=loaded_s)
 
 
 def _quantize(opened: Opened, quantize: str) -> float:
@@ -281,10 +282,10 @@ class ChatSession:
         seconds = sum(metrics.e2e_ms for metrics in self._done) / 1e3
         rate = format_rate((prompts + outputs) / seconds if seconds else None)
         return (
-            f"{len(self._done)} answers, {prompts} tokens in, {outputs} out, {rate} tokens/s in + out\n"
+            counted(len(self._done), "answer") + f", {prompts} tokens in, {outputs} out, {rate} tokens/s in + out\n"
             f"weights {format_bytes(stats.weights_bytes)}, KV {format_bytes(stats.kv_bytes)}, "
             f"peak memory {format_bytes(max(meter.peak_bytes, resident_bytes()))}\n"
-            f"{stats.engine} engine, {stats.dtype}, {stats.threads} threads, load {format_seconds(stats.load_s)}, "
+            f"{stats.engine} engine, {stats.dtype}, {stats.threads} threads, load {format_seconds(self.opened.loaded_s)}, "
             f"optimise {format_seconds(stats.optimise_s)}, warm-up {format_seconds(stats.warmup_s)}"
         )
 

@@ -14,9 +14,9 @@ from burnish.cli.output import note, print_json, stdout, watching
 
 def register(app: typer.Typer) -> None:
     app.command()(tune)
-    app.command()(merge)
-    app.command()(quantize)
-    app.command()(synth)
+    app.command(short_help="Merge an adapter into its base and prove that nothing was lost.")(merge)
+    app.command(short_help="Quantize a model and hold the child against its parent.")(quantize)
+    app.command(short_help="Write random weights in a published shape, for measuring.")(synth)
 
 
 def tune(

@@ -15,8 +15,8 @@ runs_app = typer.Typer(help="Runs and what they left behind.", no_args_is_help=T
 
 
 def register(app: typer.Typer) -> None:
-    app.command(name="eval")(evaluate)
-    app.command()(bench)
+    app.command(name="eval", short_help="Score a model: SQL accuracy, perplexity, BLEU, KL from a parent.")(evaluate)
+    app.command(short_help="Measure throughput, latency and memory under a workload.")(bench)
     app.command()(report)
     runs_app.command(name="ls")(list_runs)
     runs_app.command(name="show")(show_run)
@@ -158,7 +158,7 @@ def report(
 ) -> None:
     """Show a run's variants and stages, predicted beside measured."""
     from burnish.measure.report import combine_runs, render
-    from burnish.models.checkpoint_writing import write_text
+    from burnish.models.atomic_files import write_text
     from burnish.pipeline.runs import load_runs
 
     run = combine_runs(load_runs(list(runs or [])))

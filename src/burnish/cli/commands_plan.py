@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,8 +14,8 @@ data_app = typer.Typer(help="Data sets.", no_args_is_help=True, rich_markup_mode
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(plan)
-    app.command()(doctor)
+    app.command(short_help="Predict memory and time per stage, before anything is loaded.")(plan)
+    app.command(short_help="Hardware, versions, extras and engines: what works here.")(doctor)
     data_app.command(name="inspect")(inspect)
     app.add_typer(data_app, name="data")
 
@@ -116,8 +116,9 @@ def inspect(
     from burnish.data.rows import read_rows
     from burnish.data.templates import pick_template
     from burnish.data.tokenizer import Tokenizer
-    from burnish.models.loading import resolve_model
+    from burnish.models.resolve import resolve_model
 
+    mode: Any = too_long
     tokenizer = Tokenizer.load(resolve_model(model, offline=offline))
     row_set = read_rows(
         data, columns=options.parse_columns(columns), limit=limit, check_sql=check_sql, seed=seed, offline=offline
@@ -128,7 +129,7 @@ def inspect(
         tokenizer,
         chosen,
         max_length=max_length,
-        too_long="truncate" if too_long == "truncate" else "drop",
+        too_long=mode,
     )
     inspection = inspect_rows(row_set, examples, tokenizer, num_rows=rows)
     print_json(inspection.to_dict()) if json else show_inspection(stdout(), inspection)

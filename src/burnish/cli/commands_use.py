@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from burnish.cli import options
-from burnish.cli.output import note, print_json, stdout, watching
+from burnish.cli.output import counted, note, print_json, stdout, watching
 from burnish.errors import ConfigError, DataError
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(demo)
-    app.command()(chat)
+    app.command(short_help="The whole story on the bundled model, offline, with a report.")(demo)
+    app.command(short_help="Talk to a model: answers stream, and their metrics follow.")(chat)
     app.command()(generate)
 
 
@@ -194,7 +194,7 @@ def generate(
         return
     tokens = sum(output.metrics.output_tokens for output in results)
     longest = max(output.metrics.e2e_ms for output in results) / 1e3
-    note(f"{len(results)} answers, {tokens} tokens, {tokens / longest:.1f} tokens/s", quiet=quiet)
+    note(counted(len(results), "answer") + f", {tokens} tokens, {tokens / longest:.1f} tokens/s", quiet=quiet)
 
 
 def read_text_option(text: str | None) -> str | None:
@@ -206,4 +206,5 @@ def read_text_option(text: str | None) -> str | None:
     except FileNotFoundError as error:
         raise DataError(f"there is no file {text[1:]}") from error
     except (OSError, UnicodeError) as error:
-        raise DataError(f"{text[1:]} cannot be read as text", got=error) from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{text[1:]} cannot be read as text", got=reason) from error

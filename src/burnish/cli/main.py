@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -51,7 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. One line on stderr for any error, never a traceback."""
     try:
-        result = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        # Not through Typer's own main, which would keep interrupts and broken pipes to itself.
+        command = typer.main.get_command(app)
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        with command.make_context("burnish", words) as context:
+            result = command.invoke(context)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except BurnishError as error:
@@ -77,9 +82,13 @@ def _usage(error: Any) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(error.format_message())
         return 2
+    message = error.format_message()
+    if type(error).__name__ == "NoSuchOption":
+        close = get_close_matches(error.option_name, error.possibilities or (), n=1)
+        message = f"there is no option {error.option_name}." + (f" Did you mean {close[0]}?" if close else "")
     context = getattr(error, "ctx", None)
     where = f" See: {context.command_path} --help" if context is not None else ""
-    return _fail(f"{error.format_message()}{where}", 2)
+    return _fail(f"{message}{where}", 2)
 
 
 def _unexpected(error: Exception) -> int:

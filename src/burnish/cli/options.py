@@ -22,7 +22,8 @@ def read_config_file(context: typer.Context, value: Path | None) -> Path | None:
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {value}") from error
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"{value} cannot be read", got=error) from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{value} cannot be read", got=reason) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{value} is not YAML", got=" ".join(str(error).split())) from error
     if record is None:

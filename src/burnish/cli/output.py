@@ -89,6 +89,11 @@ def watching(*, quiet: bool) -> Iterator[Watcher]:
         watcher.close()
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 answer", "2 answers"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def note(text: str, *, quiet: bool = False) -> None:
     """A line for people on stderr."""
     if not quiet:

@@ -22,7 +22,8 @@ def read_prompts(source: str) -> list[Any]:
     except FileNotFoundError as error:
         raise DataError(f"there is no file {source}") from error
     except (OSError, UnicodeError) as error:
-        raise DataError(f"{name} cannot be read as text", got=error) from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{name} cannot be read as text", got=reason) from error
     lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if not lines:
         raise DataError(f"{name} holds no prompts")
@@ -40,7 +41,8 @@ def _from_json(name: str, number: int, line: str) -> Any:
         raise DataError(f"{name} line {number} has no prompt", expected='{"prompt": "..."} or {"messages": [...]}')
     is_tokens = "prompt" in row and isinstance(value, list) and all(type(token) is int for token in value)
     if isinstance(value, list) and not is_tokens and not all(map(_is_message, value)):
-        raise DataError(f"{name} line {number} has malformed messages", expected='{"role": "...", "content": "..."} each')
+        expected = '{"role": "...", "content": "..."} each'
+        raise DataError(f"{name} line {number} has malformed messages", expected=expected)
     return value
 
 

@@ -43,7 +43,7 @@ def show_checks(console: Console, checks: list[Check]) -> None:
         table.add_column(overflow="fold")
     group = None
     for check in checks:
-        detail = check.detail if check.remedy is None else f"{check.detail} {check.remedy}".strip()
+        detail = check.detail if check.remedy is None else f"{check.detail}. {check.remedy}".removeprefix(". ")
         mark = Text(check.status, style=_STATUS_STYLE.get(check.status, ""))
         table.add_row(check.group if check.group != group else "", check.name, mark, detail)
         group = check.group

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -131,6 +131,13 @@ class GateLimits:
     max_score_drop: float | None = None
     """Parent's score less child's."""
     min_score: float | None = None
+
+    def __post_init__(self) -> None:
+        shares = ("min_greedy_agreement", "max_score_drop", "min_score")
+        for name in (item.name for item in fields(self)):
+            limit, most = getattr(self, name), 1 if name in shares else math.inf
+            if limit is not None and not 0 <= limit <= most:
+                raise ConfigError(f"{name} is out of range", got=limit, expected=f"0 to {most}")
 
 
 @dataclass(frozen=True, kw_only=True)

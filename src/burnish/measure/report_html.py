@@ -152,7 +152,8 @@ def _rows_note(run: RunRecord) -> str:
     metric = run.metric[:1].upper() + run.metric[1:]
     parents = {variant.parent for variant in run.variants if variant.parent and variant.kl_to_parent is not None}
     against = " KL (nats per token) and agreement are against the variant's parent." if parents else ""
-    return f"{metric}{rows}, with Wilson's 95 % interval. Peak memory is that of the serving process.{against}"
+    memory = "Peak memory is what the process grew by, from before loading to the last answer."
+    return f"{metric}{rows}, with Wilson's 95 % interval. {memory}{against}"
 
 
 def _stage_cells(stage: Stage) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Variant:
     weights_bytes: int | None = None
     kv_bytes: int | None = None
     peak_memory_bytes: int | None = None
-    """Peak of the process while the variant served (CUDA: the allocator's)."""
+    """What the process grew by at its worst moment, from before loading to the last answer (CUDA: allocated)."""
     ttft_ms: float | None = None
     """Median at a concurrency of 1."""
     tpot_ms: float | None = None

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.errors import CapacityError, CheckpointError
+from burnish.errors import CheckpointError
+from burnish.models.atomic_files import replacing, write_text, writing_to
 from burnish.models.checkpoint import DTYPES
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -117,45 +115,6 @@ def write_safetensors(
                     expected=list(tensors[name].shape),
                 )
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file through a temporary name; errors as in `write_safetensors_folder`."""
-    with replacing(path) as file:
-        file.write(text.encode("utf-8"))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing_to(path):
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into one line that names the path.
-
-    Raises:
-        CapacityError: no space is left.
-        CheckpointError: anything else.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CapacityError(
-                f"no space left on the disk while writing {path}", remedy="Free some or choose another --out."
-            ) from error
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _shard_names(tensors: Mapping[str, PendingTensor], max_shard_bytes: int) -> list[Sequence[str]]:

@@ -21,7 +21,7 @@ from burnish.measure.evaluate import SqlScore
 from burnish.measure.hardware import hardware_record, version_record
 from burnish.measure.report import render
 from burnish.measure.run_record import LossPoint, RunRecord, Stage, Variant
-from burnish.models.checkpoint_writing import write_text
+from burnish.models.atomic_files import write_text
 from burnish.models.loading import load_config
 from burnish.pipeline.examples import DataConfig
 from burnish.pipeline.gates import GateResult
@@ -42,7 +42,7 @@ TRAIN_ROWS = "text-to-sql:train:4800"
 EVAL_ROWS = "text-to-sql:validation:64"
 TEST_ROWS = "text-to-sql:test"
 LORA = LoraConfig(rank=16, alpha=32)
-TRAIN = TrainConfig(epochs=1, micro_batch_size=16, learning_rate=3e-3, warmup=0.05, schedule="cosine")
+TRAIN = TrainConfig(epochs=1, micro_batch_size=16, learning_rate=3e-3, warmup=0.05, schedule="cosine", eval_every=60)
 QUANTIZED = {
     "gptq-8bit": QuantizeConfig(method="gptq", bits=8, group_size=128),
     "gptq-4bit": QuantizeConfig(method="gptq", bits=4, group_size=64),
@@ -103,12 +103,13 @@ def run_demo(
         GateError: the merged or a quantized model is worse than its gate allows; the record says which.
     """
     source = Source(threads=threads)
+    train_config = replace(TRAIN, seed=seed, max_seconds=max_seconds)
     rows = read_rows(f"{TEST_ROWS}:{num_rows}", seed=seed)
     story = _Story(new_run_folder("demo", out=out), _fresh_run(seed), time.perf_counter(), say)
     _measure(story, "base", MODEL, source, rows, progress, description="bundled base, never trained on the task")
 
     with story.stage("tune"):
-        record = _tune(story, seed, source, max_seconds, progress)
+        record = _tune(story, train_config, source, progress)
     adapter = record.adapter
     _measure(
         story,
@@ -133,7 +134,7 @@ def run_demo(
         rows,
         progress,
         parent="tuned",
-        description="adapter merged into the base",
+        description="adapter merged into the base, in float32",
         gate=merged.gate,
         limits=GateLimits(max_score_drop=0.0),
     )
@@ -182,13 +183,13 @@ def _fresh_run(seed: int) -> RunRecord:
     )
 
 
-def _tune(story: _Story, seed: int, source: Source, max_seconds: float | None, progress: Progress) -> TuneRecord:
+def _tune(story: _Story, config: TrainConfig, source: Source, progress: Progress) -> TuneRecord:
     record = tune(
         MODEL,
-        data=DataConfig(source=TRAIN_ROWS, template="chat", max_length=256, seed=seed),
+        data=DataConfig(source=TRAIN_ROWS, template="chat", max_length=256, seed=config.seed),
         out=story.folder / "adapter",
         lora=LORA,
-        config=replace(TRAIN, seed=seed, max_seconds=max_seconds),
+        config=config,
         eval_data=EVAL_ROWS,
         source=source,
         progress=progress,

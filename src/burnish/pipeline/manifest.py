@@ -16,7 +16,7 @@ from typing import Any
 from burnish.data.tokenizer import Tokenizer
 from burnish.errors import CheckpointError
 from burnish.measure.hardware import hardware_record, version_record
-from burnish.models.checkpoint_writing import write_text
+from burnish.models.atomic_files import write_text
 
 MANIFEST_NAME = "burnish.json"
 GOLDEN_TEXT = "SELECT name FROM café WHERE id = 42; -- naïve 東京 🙂"

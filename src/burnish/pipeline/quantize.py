@@ -86,7 +86,7 @@ def quantize(
         if parent.adapter is not None:
             raise ConfigError(f"{model} is an adapter", remedy="Merge it first: burnish merge ADAPTER --out DIR")
         if "quantization_config" in read_config(parent.folder):
-            raise ConfigError(f"{model} is quantized already", expected="a dense model", remedy="Start from its parent.")
+            raise ConfigError(f"{model} is quantized already", remedy="Start from its dense parent.")
         longest = parent.decoder.config.max_position_embeddings
         recorded = data_of(parent)
         tokens, calibration_source = _calibration(parent, config, calibration, num_samples, template)

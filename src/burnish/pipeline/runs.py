@@ -10,7 +10,7 @@ from pathlib import Path
 
 from burnish.errors import ConfigError
 from burnish.measure.run_record import RunRecord, read_run
-from burnish.models.checkpoint_writing import write_text
+from burnish.models.atomic_files import write_text
 
 RUN_NAME = "run.json"
 
@@ -35,6 +35,8 @@ def new_run_folder(name: str, *, out: str | None = None) -> Path:
         while folder.exists():
             number += 1
             folder = folder.with_name(f"{stamp}-{name}-{number}")
+    if folder.is_file():
+        raise ConfigError(f"--out {folder} is a file", expected="a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -22,7 +22,8 @@ def read_texts(source: str, tokenizer: Tokenizer, *, limit: int | None = None) -
         except FileNotFoundError as error:
             raise DataError(f"there is no file {path}") from error
         except (OSError, UnicodeError) as error:
-            raise DataError(f"{path} cannot be read as text", got=error) from error
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{path} cannot be read as text", got=reason) from error
         if not text.strip():
             raise DataError(f"{path} is empty")
         return [tokenizer.encode_prompt(text)]

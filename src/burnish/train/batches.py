@@ -19,6 +19,7 @@ from burnish.train.losses import IGNORED_LABEL
 # B rows, T tokens
 
 Ordering = Literal["grouped", "shuffled", "given"]
+WIDTH_STEP = 16
 ORDERINGS: tuple[str, ...] = get_args(Ordering)
 GROUP_STEPS = 32  # rows of that many steps are sorted by length together; enough to remove nearly all padding
 
@@ -87,9 +88,19 @@ def endless_steps(lengths: Sequence[int], *, rows_per_step: int, ordering: str, 
         epoch += 1
 
 
-def collate(examples: Sequence[TrainingExample], *, device: torch.device | str) -> Batch:
-    """Pad rows on the right, where causal attention never looks; padding's labels are masked, its ids are 0."""
-    width = max(len(example.tokens) for example in examples) - 1
+def collate(
+    examples: Sequence[TrainingExample], *, device: torch.device | str, max_width: int | None = None
+) -> Batch:
+    """Pad rows on the right, where causal attention never looks; padding's labels are masked, its ids are 0.
+
+    The width is a multiple of `WIDTH_STEP`: oneDNN builds and keeps a kernel for every new shape, which costs more time
+    and memory than the padding.
+
+    Args:
+        max_width: what the model can take; the width stays within it.
+    """
+    longest = max(len(example.tokens) for example in examples) - 1
+    width = max(longest, min(-(-longest // WIDTH_STEP) * WIDTH_STEP, max_width or longest))
     tokens, labels = [], []
     for example in examples:
         pad = width - len(example.tokens) + 1

@@ -47,6 +47,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError("LoRA rank is out of range", got=self.rank, expected="at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError("LoRA alpha is out of range", got=self.alpha, expected="above 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError("LoRA dropout is out of range", got=self.dropout, expected="0 up to, not including, 1")
         if isinstance(self.target_modules, str):

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # B rows, T tokens, N labelled positions, C positions of one chunk, D hidden, V vocabulary
 
 IGNORED_LABEL = -100
 CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk; two such buffers exist at the same time
+ROW_STEP = 64  # labelled positions are filled up to a multiple: oneDNN builds and keeps a kernel for every new shape
 MIN_CHUNK = 64  # below this many positions the product with the vocabulary is bound by reading the weights
 
 
@@ -57,6 +59,8 @@ def masked_cross_entropy(
     """
     hidden_ND, labels_N = select_labelled(hidden_BTD, labels_BT)
     chunk = chunk_positions or max(MIN_CHUNK, CHUNK_BYTES // (4 * vocab_size))
+    missing = -len(labels_N) % min(ROW_STEP, chunk)
+    hidden_ND, labels_N = F.pad(hidden_ND, (0, 0, 0, missing)), F.pad(labels_N, (0, missing), value=IGNORED_LABEL)
     return _ChunkedCrossEntropy.apply(hidden_ND, labels_N, logits, chunk, *head_parameters)  # type: ignore[return-value]
 
 
@@ -86,18 +90,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head_grads = [torch.zeros_like(parameter) for parameter in head_parameters]
         for start in range(0, len(labels_N), chunk):
             labels_C = labels_N[start : start + chunk].unsqueeze(1)
+            counts_C = labels_C != IGNORED_LABEL
+            labels_C = labels_C.clamp_min(0)
             hidden_CD = hidden_ND[start : start + chunk].detach().requires_grad_(wants_hidden)
             inputs = [hidden_CD, *head_parameters] if wants_hidden else list(head_parameters)
             with torch.set_grad_enabled(bool(inputs)):
                 logits_CV = logits(hidden_CD)
             scores_CV = logits_CV.detach().float()
             lse_C = torch.logsumexp(scores_CV, dim=1, keepdim=True)
-            total += (lse_C - scores_CV.gather(1, labels_C)).sum()
+            total += ((lse_C - scores_CV.gather(1, labels_C)) * counts_C).sum()
             if not inputs:
                 continue
             # d loss / d logits = softmax - one-hot, written over one fresh buffer
             grad_CV = torch.sub(scores_CV, lse_C).exp_()
             grad_CV.scatter_add_(1, labels_C, torch.full_like(lse_C, -1.0))
+            grad_CV *= counts_C
             grads = torch.autograd.grad(logits_CV, inputs, grad_CV.to(logits_CV.dtype))
             if grad_hidden_ND is not None:
                 grad_hidden_ND[start : start + chunk] = grads[0]

@@ -107,7 +107,7 @@ def evaluate_loss(
     try:
         with torch.no_grad():
             for start in range(0, len(by_length), micro_batch_size):
-                batch = collate(by_length[start : start + micro_batch_size], device=device)
+                batch = collate(by_length[start : start + micro_batch_size], device=device, max_width=_max_width(model))
                 total += float(_batch_loss(model, batch, precision=precision, head_parameters=[]))
                 labels += batch.num_labels
     finally:
@@ -197,7 +197,10 @@ class _Run:
         """Forward and backward over the rows' micro-batches, then one update."""
         begin = time.perf_counter()
         size = self.config.micro_batch_size
-        batches = [collate(rows[start : start + size], device=self.device) for start in range(0, len(rows), size)]
+        batches = [
+            collate(rows[start : start + size], device=self.device, max_width=_max_width(self.model))
+            for start in range(0, len(rows), size)
+        ]
         num_labels = sum(batch.num_labels for batch in batches)
         loss_sum = torch.zeros((), device=self.device)
         for batch in batches:
@@ -286,6 +289,10 @@ def _batch_loss(model: nn.Module, batch: Batch, *, precision: str, head_paramete
             vocab_size=model.config.vocab_size,  # type: ignore[union-attr]
             head_parameters=head_parameters,
         )
+
+
+def _max_width(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
 def _check_examples(examples: Sequence[TrainingExample], role: str) -> None:
