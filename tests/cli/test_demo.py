@@ -32,6 +32,7 @@ def test_short_demo_leaves_a_whole_run(cli: Cli, tmp_path: Path) -> None:
         page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
         assert "http://" not in page.replace("http://www.w3.org", "")
         assert "https://" not in page
+        assert "gptq-4bit: " in done.err
     run = json.loads((tmp_path / "demo" / "run.json").read_text())
     assert [variant["name"] for variant in run["variants"]][:3] == ["base", "tuned", "merged"]
     shown = cli("report", tmp_path / "demo")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import builtins
 import importlib
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -292,21 +290,3 @@ def test_reader_that_goes_away_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(timeout=60) == 0
-
-
-def test_ctrl_c_during_tuning_saves_the_adapter_and_exits_130(
-    cli: Cli, tiny: Path, rows_file: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    process = burnish_process(
-        "tune", tiny, "--data", rows_file, "--out", out, "--steps", 1_000_000, "--micro-batch-size", 2
-    )
-    while not out.is_dir():
-        time.sleep(0.1)
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    shown, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert "interrupted" in shown
-    assert cli("generate", out, "--prompt", "SELECT", "--max-tokens", 2).code == 0

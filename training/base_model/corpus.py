@@ -242,7 +242,7 @@ def questions(database: Database, rng: random.Random) -> str:
     return gap.join([database.schema, *([head] if head else []), rng.choice(("\n", "\n", "\n\n")).join(lines)])
 
 
-def documents(seed: int, *, question_share: float = 0.0, wide: bool = False) -> Iterator[str]:
+def documents(seed: int, *, question_share: float = 0.0, wide: bool = False, two_tables: float = 0.35) -> Iterator[str]:
     """Documents without end; this share of them are lists of questions, `wide` is the vocabulary's."""
     name = f"burnish-base/{seed}/{question_share}" if question_share else f"burnish-base/{seed}"
     rng = random.Random(f"{name}/wide" if wide else name)

@@ -53,6 +53,8 @@ IGNORED = -100  # labels that do not count
 QUESTIONS_FROM = 1750  # batches of scripts and prose before lists of questions join them
 QUESTION_SHARE = 0.2
 WIDE_FROM = 3000  # batches before the vocabulary of names widens
+SECOND_CYCLE = 5000  # batches before the rate rises once more, and two tables become as frequent as one
+STEPS = 6200
 STEP = 48  # document lengths are filled up to a multiple of this
 
 
@@ -82,6 +84,8 @@ def batches(tokenizer: Tokenizer, *, tokens: int, seed: int) -> Iterator[Tensor]
                     source = documents(seed, question_share=QUESTION_SHARE)
                 if count == WIDE_FROM:
                     source = documents(seed, question_share=QUESTION_SHARE, wide=True)
+                if count == SECOND_CYCLE:
+                    source = documents(seed + 1, question_share=QUESTION_SHARE, wide=True, two_tables=0.5)
 
 
 def commented_queries(tokenizer: Tokenizer, count: int) -> list[tuple[list[int], list[int]]]:
@@ -128,8 +132,11 @@ def loss_of(model: Decoder, block: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), block[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-def rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 2 %, then cosine to 5 % of the peak."""
+def rate(step: int, peak: float) -> float:
+    """Two cycles, each with a linear warm-up over 2 % and a cosine to 5 % of its peak; the second peaks at half."""
+    first = step < SECOND_CYCLE
+    step, steps = (step, SECOND_CYCLE) if first else (step - SECOND_CYCLE, STEPS - SECOND_CYCLE)
+    peak = peak if first else peak / 2
     warmup = max(1, steps // 50)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -144,7 +151,9 @@ def save(model: Decoder, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="stop after this many, the rates being those of a whole run"
+    )
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--peak-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -169,7 +178,7 @@ def main() -> None:
         fused=True,
     )
     source = batches(tokenizer, tokens=options.batch_tokens, seed=options.seed)
-    held_out = list(itertools.islice(batches(tokenizer, tokens=8192, seed=options.seed + 1), 4))
+    held_out = list(itertools.islice(batches(tokenizer, tokens=8192, seed=options.seed + 100), 4))
     pairs = commented_queries(tokenizer, 200)
     first, spent = 0, 0.0
     if options.checkpoint and options.checkpoint.exists():
@@ -203,7 +212,7 @@ def main() -> None:
     window = time.perf_counter()
     for step in range(first, options.steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, options.steps, options.peak_rate)
+            group["lr"] = rate(step, options.peak_rate)
         block = next(source)
         loss = loss_of(model, block)
         loss.backward()

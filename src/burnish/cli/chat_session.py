@@ -23,8 +23,8 @@ from burnish.pipeline.opening import Opened, Source, data_of, engine_of, open_de
 
 HELP = """\
 /help            this list
-/context TEXT    put TEXT, say a schema, before every question; no TEXT clears it
-/system TEXT     system message; no TEXT clears it
+/context TEXT    put TEXT (say, a schema) before every question, or clear it
+/system TEXT     set the system message, or clear it
 /reset           forget the conversation
 /stats           figures of the session
 /quit            leave (also Ctrl-D)
@@ -100,7 +100,9 @@ def open_chat(
         name = str(recorded["template"])
     chosen = pick_template(name, tokenizer) if name != "auto" or tokenizer.chat_template is not None else None
     single = recorded is not None and not recorded.get("multi_turn", False)
-    return OpenedChat(engine=running, tokenizer=tokenizer, template=chosen, single_turn=single, model=model, loaded_s=loaded_s)
+    return OpenedChat(
+        engine=running, tokenizer=tokenizer, template=chosen, single_turn=single, model=model, loaded_s=loaded_s
+    )
 
 
 def _quantize(opened: Opened, quantize: str) -> float:
@@ -285,8 +287,9 @@ class ChatSession:
             counted(len(self._done), "answer") + f", {prompts} tokens in, {outputs} out, {rate} tokens/s in + out\n"
             f"weights {format_bytes(stats.weights_bytes)}, KV {format_bytes(stats.kv_bytes)}, "
             f"peak memory {format_bytes(max(meter.peak_bytes, resident_bytes()))}\n"
-            f"{stats.engine} engine, {stats.dtype}, {stats.threads} threads, load {format_seconds(self.opened.loaded_s)}, "
-            f"optimise {format_seconds(stats.optimise_s)}, warm-up {format_seconds(stats.warmup_s)}"
+            f"{stats.engine} engine, {stats.dtype}, {stats.threads} threads, "
+            f"load {format_seconds(self.opened.loaded_s)}, optimise {format_seconds(stats.optimise_s)}, "
+            f"warm-up {format_seconds(stats.warmup_s)}"
         )
 
     def _say(self, text: str) -> None:

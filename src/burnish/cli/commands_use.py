@@ -35,12 +35,9 @@ def demo(
     from burnish.measure.report import build_report, render
     from burnish.pipeline.demo import run_demo
 
-    def say(text: str) -> None:
-        note(text, quiet=quiet)
-
     with watching(quiet=quiet) as progress:
         folder, run = run_demo(
-            out=out, seed=seed, threads=threads, max_seconds=seconds, num_rows=rows, progress=progress, say=say
+            out=out, seed=seed, threads=threads, max_seconds=seconds, num_rows=rows, progress=progress, say=progress.say
         )
     if json:
         print_json(build_report(run))
@@ -188,7 +185,7 @@ def generate(
             results.append(output)
             progress("Generating", len(results), len(given))
             if not json:
-                typer.echo(output.text if len(given) == 1 else f"[{output.index}] {output.text}")
+                progress.echo(output.text if len(given) == 1 else f"[{output.index}] {output.text}")
     if json:
         print_json(results)
         return

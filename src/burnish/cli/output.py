@@ -49,6 +49,7 @@ class Watcher:
 
     def __init__(self, *, quiet: bool) -> None:
         self._console = stderr()
+        self._quiet = quiet
         self._enabled = not quiet and self._console.is_terminal
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -73,6 +74,20 @@ class Watcher:
                 self._progress.update(task, visible=False)
             self._tasks[label] = self._progress.add_task(label, total=total, note=note)
         self._progress.update(self._tasks[label], completed=done, total=total, note=note)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        if not self._quiet:
+            (self._console if self._progress is None else self._progress.console).print(text, soft_wrap=True)
+
+    def echo(self, text: str) -> None:
+        """A result on stdout; the bar makes room for it where both are the same terminal."""
+        if self._progress is not None:
+            self._progress.stop()
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+        if self._progress is not None:
+            self._progress.start()
 
     def close(self) -> None:
         if self._progress is not None:

@@ -18,7 +18,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     device = plan.device
     console.print(f"{plan.model} on {device.name} ({format_bytes(device.usable_bytes)} usable)", style="bold")
     sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.weight_bytes.items())
-    console.print(f"{format_count(plan.parameters)} parameters; weights in {sizes}", soft_wrap=True)
+    console.print(f"{format_count(plan.parameters)} parameters; weights in {sizes}")
     per_token = format_bytes(plan.kv_bytes_per_token)
     console.print(f"loaded in {plan.dtype}; keys and values {per_token} per token")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -196,7 +196,7 @@ def _tune(story: _Story, config: TrainConfig, source: Source, progress: Progress
     )
     if record.interrupted:
         raise KeyboardInterrupt
-    story.say(f"tuned on {record.num_examples} rows in {record.seconds:.0f} s, {record.tokens_per_s:,.0f} tokens/s")
+    story.say(f"tuned in {record.seconds:.0f} s: {len(record.steps)} steps, {record.tokens_per_s:,.0f} tokens/s")
     elapsed, loss = 0.0, []
     for step in record.steps:
         elapsed += step["seconds"]

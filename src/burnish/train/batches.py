@@ -88,9 +88,7 @@ def endless_steps(lengths: Sequence[int], *, rows_per_step: int, ordering: str, 
         epoch += 1
 
 
-def collate(
-    examples: Sequence[TrainingExample], *, device: torch.device | str, max_width: int | None = None
-) -> Batch:
+def collate(examples: Sequence[TrainingExample], *, device: torch.device | str, max_width: int | None = None) -> Batch:
     """Pad rows on the right, where causal attention never looks; padding's labels are masked, its ids are 0.
 
     The width is a multiple of `WIDTH_STEP`: oneDNN builds and keeps a kernel for every new shape, which costs more time

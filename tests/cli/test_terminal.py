@@ -1,4 +1,4 @@
-"""`burnish chat` in a pseudo-terminal, as a person meets it."""
+"""Chat and progress bars in a pseudo-terminal, as a person meets them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import Cli
 
 pexpect = pytest.importorskip("pexpect", reason="pseudo-terminals need pexpect")
 
@@ -94,3 +95,34 @@ def test_errors_are_told_and_the_conversation_goes_on(chat, merged: Path) -> Non
     assert "256" in shown
     terminal.ask("/context")
     assert "TTFT" in terminal.ask("How many?")
+
+
+def test_ctrl_c_during_tuning_saves_the_adapter_and_exits_130(
+    cli: Cli, tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = ["-m", "burnish.cli.main", "tune", tiny, "--data", rows_file, "--out", out]
+    command += ["--steps", 1_000_000, "--micro-batch-size", 2]
+    process = pexpect.spawn(sys.executable, list(map(str, command)), timeout=60, encoding="utf-8", dimensions=(30, 100))
+    process.expect("Tuning on 24 rows")  # the bar comes with a step that is done
+    process.sendintr()
+    process.expect("interrupted")
+    process.expect(pexpect.EOF)
+    process.close()
+    assert process.exitstatus == 130
+    assert "Traceback" not in process.before
+    assert cli("generate", out, "--prompt", "SELECT", "--max-tokens", 2).code == 0
+
+
+def test_answers_and_the_bar_do_not_run_into_each_other(merged: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("SELECT name\n" * 300)
+    command = ["-m", "burnish.cli.main", "generate", merged, "--prompts", tmp_path / "prompts.txt"]
+    command += ["--max-tokens", 40, "--ignore-eos", "--concurrency", 2]
+    process = pexpect.spawn(sys.executable, list(map(str, command)), timeout=60, encoding="utf-8", dimensions=(30, 400))
+    process.expect(pexpect.EOF)
+    process.close()
+    assert process.exitstatus == 0
+    shown = process.before
+    assert "Generating" in shown, "too quick for a bar: the test says nothing"
+    lines = [line for line in CONTROL.sub("", shown).replace("\r", "\n").split("\n") if "[" in line]
+    assert not [line for line in lines if "Generating" in line and re.search(r"\[\d+\] ", line)]
