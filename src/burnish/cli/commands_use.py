@@ -33,7 +33,7 @@ def demo(
 ) -> None:
     """The whole story on the bundled model and data, offline: tune, merge, quantize, evaluate, bench, report."""
     from burnish.measure.report import build_report, render
-    from burnish.pipeline.demo import run_demo
+    from burnish.pipeline.demo import require_passed, run_demo
 
     with watching(quiet=quiet) as progress:
         folder, run = run_demo(
@@ -41,12 +41,14 @@ def demo(
         )
     if json:
         print_json(build_report(run))
+        require_passed(folder, run)
         return
     console = stdout()
     typer.echo(
         render(run, width=min(console.width, 140), color=console.is_terminal), nl=False, color=console.is_terminal
     )
     note(f"\nreport: {folder / 'report.html'}\ntalk to it: burnish chat {folder / 'merged'}", quiet=quiet)
+    require_passed(folder, run)
 
 
 def chat(
