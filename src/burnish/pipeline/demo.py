@@ -39,11 +39,11 @@ from burnish.train.config import TrainConfig
 from burnish.train.lora import LoraConfig
 
 MODEL = "burnish-sql-base"
-TRAIN_ROWS = "text-to-sql:train:4800"
+TRAIN_ROWS = "text-to-sql:train:6400"
 EVAL_ROWS = "text-to-sql:validation:64"
 TEST_ROWS = "text-to-sql:test"
-LORA = LoraConfig(rank=16, alpha=32)
-TRAIN = TrainConfig(epochs=1, micro_batch_size=16, learning_rate=3e-3, warmup=0.05, schedule="cosine", eval_every=60)
+LORA = LoraConfig(rank=32, alpha=64)
+TRAIN = TrainConfig(epochs=1, micro_batch_size=16, learning_rate=1.5e-3, warmup=0.05, schedule="cosine", eval_every=80)
 QUANTIZED = {
     "gptq-8bit": QuantizeConfig(method="gptq", bits=8, group_size=128),
     "gptq-4bit": QuantizeConfig(method="gptq", bits=4, group_size=64),
