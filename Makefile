@@ -4,7 +4,7 @@
 #   make test     the whole test suite
 #   make check    ruff, pyright, import floors
 #   make fmt      let ruff rewrite what it can
-#   make clean    remove .venv, caches and the demo folder
+#   make clean    remove .venv and caches; runs stay
 #
 # PYTHON      the interpreter that makes .venv            (default python3)
 # PIP_FLAGS   more options for pip install                (--extra-index-url https://download.pytorch.org/whl/cpu, ...)
@@ -58,5 +58,5 @@ fmt: $(VENV)/.dev-stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache burnish-demo
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,7 +31,6 @@ _HOME = {
     "evaluate": "burnish.pipeline.evaluate",
     "load": "burnish.pipeline.api",
     "merge": "burnish.pipeline.merge",
-    "plan": "burnish.pipeline.planning",
     "quantize": "burnish.pipeline.quantize",
     "tune": "burnish.pipeline.tune",
 }
@@ -57,6 +56,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from burnish import plan
     from burnish.compress.config import QuantizeConfig
     from burnish.engine.sampling import SamplingParams
     from burnish.errors import BurnishError
@@ -67,7 +67,6 @@ if TYPE_CHECKING:
     from burnish.pipeline.examples import DataConfig
     from burnish.pipeline.merge import merge
     from burnish.pipeline.opening import Source
-    from burnish.pipeline.planning import plan
     from burnish.pipeline.quantize import quantize
     from burnish.pipeline.tune import tune
     from burnish.train.config import TrainConfig
@@ -75,6 +74,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plan":  # a room that is called like a function
+        return import_module("burnish.plan")
     if name not in _HOME:
         raise AttributeError(f"module 'burnish' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

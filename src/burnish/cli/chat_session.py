@@ -30,6 +30,7 @@ HELP = """\
 /quit            leave (also Ctrl-D)
 A backslash at its end continues a line in the next. Ctrl-C stops an answer."""
 QUANTIZE = {"int8": 8, "int4": 4}
+NO_SYSTEM = "this model's prompts have no place for a system message"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def open_chat(
     if not quiet:
         quantized = f", quantize to {quantize} {format_seconds(quantized_s)}" if quantized_s else ""
         console.print(
-            f"{model}: {stats.engine} engine, {stats.dtype} on {stats.device}, {stats.threads} threads, "
+            f"{model}: {stats.engine} engine, {stats.dtype} on {stats.device}, {_threads(stats.threads)}, "
             f"{format_bytes(stats.weights_bytes)} of weights\n"
             f"load {format_seconds(loaded_s)}{quantized}, optimise {format_seconds(stats.optimise_s)}, "
             f"warm-up {format_seconds(stats.warmup_s)}",
@@ -128,6 +129,15 @@ class ChatSession:
     quiet: bool = False
     _turns: list[dict[str, str]] = field(default_factory=list)
     _done: list[RequestMetrics] = field(default_factory=list)
+
+    @property
+    def takes_system(self) -> bool:
+        """Only a chat template has a place for a system message."""
+        return self.opened.template is not None and self.opened.template.name == "chat"
+
+    def __post_init__(self) -> None:
+        if self.system and not self.takes_system:
+            raise ConfigError(NO_SYSTEM)
 
     def run(self, source: TextIO) -> int:
         """Read prompts until the end of input; returns the exit code."""
@@ -195,6 +205,9 @@ class ChatSession:
             self._turns.clear()
             self._say("forgotten")
         elif name == "/system":
+            if rest and not self.takes_system:
+                self._say(NO_SYSTEM)
+                return False
             self.system = rest or None
             self._turns.clear()
             self._say("system message set" if rest else "no system message")
@@ -287,7 +300,7 @@ class ChatSession:
             counted(len(self._done), "answer") + f", {prompts} tokens in, {outputs} out, {rate} tokens/s in + out\n"
             f"weights {format_bytes(stats.weights_bytes)}, KV {format_bytes(stats.kv_bytes)}, "
             f"peak memory {format_bytes(max(meter.peak_bytes, resident_bytes()))}\n"
-            f"{stats.engine} engine, {stats.dtype}, {stats.threads} threads, "
+            f"{stats.engine} engine, {stats.dtype}, {_threads(stats.threads)}, "
             f"load {format_seconds(self.opened.loaded_s)}, optimise {format_seconds(stats.optimise_s)}, "
             f"warm-up {format_seconds(stats.warmup_s)}"
         )
@@ -295,6 +308,10 @@ class ChatSession:
     def _say(self, text: str) -> None:
         if not self.quiet:
             stderr().print(text, style="dim", soft_wrap=True)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
 
 
 def _rate(metrics: RequestMetrics) -> float | None:

@@ -51,6 +51,7 @@ def tune(
     config: options.Config = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="To hold the base in; bfloat16 halves its memory (lora).")] = "float32",
     threads: options.Threads = None,
     revision: options.Revision = None,
     offline: options.Offline = False,
@@ -101,7 +102,7 @@ def tune(
         offline=offline,
     )
     source = Source(
-        device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle, dtype="float32"
+        device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle, dtype=dtype
     )
     with watching(quiet=quiet) as progress:
         record = run(

@@ -150,22 +150,24 @@ def report(
     runs: Annotated[
         list[str] | None, typer.Argument(metavar="[RUN]...", help="Run folders or names; the newest when not given.")
     ] = None,
-    format: Annotated[str, typer.Option("--format", help="table, md, html, json or csv.")] = "table",
+    format: Annotated[
+        str | None, typer.Option("--format", help="table, md, html, json or csv; as --out ends, else table.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write instead of stdout.")] = None,
     config: options.Config = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Show a run's variants and stages, predicted beside measured."""
-    from burnish.measure.report import combine_runs, render
+    from burnish.measure.report import FORMATS, combine_runs, render
     from burnish.models.atomic_files import write_text
     from burnish.pipeline.runs import load_runs
 
+    suffix = out.suffix.lower().removeprefix(".") if out is not None else ""
+    chosen = "json" if json else format or (suffix if suffix in FORMATS else "table")
     run = combine_runs(load_runs(list(runs or [])))
     console = stdout()
-    text = render(
-        run, format="json" if json else format, width=min(console.width, 140), color=console.is_terminal and out is None
-    )
+    text = render(run, format=chosen, width=min(console.width, 140), color=console.is_terminal and out is None)
     if out is None:
         typer.echo(text, nl=False, color=console.is_terminal)
         return

@@ -54,8 +54,8 @@ def plan(
 ) -> None:
     """Predict MODEL's memory and time per stage on a device, before anything is loaded."""
     from burnish.cli.show_plan import show_plan
-    from burnish.pipeline.planning import plan as run
     from burnish.plan.options import PlanOptions
+    from burnish.plan.planning import plan as run
     from burnish.plan.predict import require_fit
 
     work = PlanOptions(

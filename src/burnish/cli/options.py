@@ -31,6 +31,7 @@ def read_config_file(context: typer.Context, value: Path | None) -> Path | None:
     if not isinstance(record, dict):
         raise ConfigError(f"{value} holds no settings", got=type(record).__name__, expected="key: value lines")
     # Keys are written as the flags are, with either dash or underscore.
+    repeatable = {parameter.name for parameter in context.command.params if getattr(parameter, "multiple", False)}
     known = {parameter.name for parameter in context.command.params if parameter.name not in (None, "config", "help")}
     defaults: dict[str, Any] = {}
     for key, setting in record.items():
@@ -42,7 +43,11 @@ def read_config_file(context: typer.Context, value: Path | None) -> Path | None:
                 expected=None if close else f"one of {', '.join(sorted(known))}",
                 remedy=f"Did you mean {close[0].replace('_', '-')}?" if close else None,
             )
-        defaults[name] = [str(item) for item in setting] if isinstance(setting, list) else setting
+        if isinstance(setting, list):
+            setting = [str(item) for item in setting]
+            if name not in repeatable:
+                setting = ",".join(setting)
+        defaults[name] = setting
     context.default_map = {**(context.default_map or {}), **defaults}
     return value
 

@@ -72,7 +72,14 @@ def show_bench(console: Console, result: BenchResult) -> None:
             "engine",
             ", ".join(
                 filter(
-                    None, [result.engine, result.dtype, result.quantization, result.device, f"{result.threads} threads"]
+                    None,
+                    [
+                        result.engine,
+                        result.dtype,
+                        result.quantization,
+                        result.device,
+                        f"{result.threads} thread{'' if result.threads == 1 else 's'}",
+                    ],
                 )
             ),
         ),

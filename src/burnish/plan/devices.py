@@ -108,7 +108,7 @@ DEVICES: dict[str, Device] = {device.name: device for device in _CATALOGUE}
 
 
 def find_device(name: str) -> Device:
-    """The device that `--device` names; "cpu" is the processor of this machine.
+    """The device that `--device` names; "cpu" is this machine's processor, "cuda" its card.
 
     Raises:
         ConfigError: there is none of that name.
@@ -117,6 +117,15 @@ def find_device(name: str) -> Device:
         from burnish.plan.hardware import this_machine
 
         return this_machine()
+    if name == "cuda" or name.startswith("cuda:"):
+        from burnish.plan.hardware import this_card
+
+        card = this_card()
+        if card is None:
+            raise ConfigError(
+                "there is no NVIDIA card here", got=name, remedy="Name a card of the catalogue, such as t4."
+            )
+        return card
     if name not in DEVICES:
         close = difflib.get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.5)
         raise ConfigError(

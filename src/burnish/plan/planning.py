@@ -16,7 +16,7 @@ def plan(
     *,
     device: str = "cpu",
     options: PlanOptions | None = None,
-    stages: tuple[str, ...] = tuple(STAGES),
+    stages: tuple[str, ...] | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> Plan:
@@ -26,7 +26,7 @@ def plan(
         model: folder, bundled name, hub id (only config.json is fetched), or a published shape.
         device: a name of the catalogue; "cpu" and "cuda" are this machine's.
         options: the work: lengths, batches, formats.
-        stages: names of stages, all when not given.
+        stages: names of stages; all when None.
 
     Raises:
         CheckpointError, ConfigError: an unknown model, device or stage.
@@ -36,5 +36,10 @@ def plan(
     if work.weight_format is None and source.weight_format is not None:
         work = replace(work, weight_format=source.weight_format)
     return predict(
-        source.config, model=source.name, device=device, options=work, stored_dtype=source.stored_dtype, stages=stages
+        source.config,
+        model=source.name,
+        device=device,
+        options=work,
+        stored_dtype=source.stored_dtype,
+        stages=stages or tuple(STAGES),
     )
