@@ -121,6 +121,8 @@ def tune(
     if record.num_bad_rows > len(record.bad_rows):
         note(f"left out: {record.num_bad_rows - len(record.bad_rows)} more rows", quiet=quiet)
     print_json(record) if json else show_tune(stdout(), record)
+    if record.interrupted:
+        note(f"interrupted: {out} holds what {len(record.steps)} steps have taught", quiet=quiet)
     return 130 if record.interrupted else None
 
 

@@ -56,4 +56,5 @@ def judge(comparison: Comparison, limits: GateLimits, *, layers: Sequence[LayerE
 
 def gate_error(what: str, result: GateResult, *, remedy: str) -> GateError:
     """The error for a child that failed, for the caller to raise once the child's manifest says so."""
-    return GateError(f"{what} is worse than its parent: {'; '.join(result.reasons)}", remedy=remedy)
+    reasons = "; ".join(result.reasons)
+    return GateError(f"{what} is worse than its parent and is marked as failed: {reasons}", remedy=remedy)

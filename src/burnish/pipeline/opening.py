@@ -195,23 +195,25 @@ def engine_of(
 
 
 def check_output(out: str | Path, *, overwrite: bool) -> Path:
-    """The folder to write to, made now so that a wrong place fails before the work and not after it.
+    """The folder to write to, checked now so that a wrong place fails before the work and not after it.
+
+    A file is made and removed where the folder is or will be; the folder is made once there is something to write.
 
     Raises:
-        ConfigError: it is a file, it cannot be made, or it holds something already.
+        ConfigError: it is a file, it cannot be written to, or it holds something already.
     """
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file", expected="a folder")
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    probe = above / f".burnish-writable.{os.getpid()}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}.tmp"
         probe.touch()
         probe.unlink()
     except OSError as error:
         reason = "no space is left on the device" if error.errno == errno.ENOSPC else error.strerror
         raise ConfigError(f"--out {folder} cannot be written to: {reason}") from error
-    if not overwrite and any(folder.iterdir()):
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"--out {folder} is not empty", remedy="Choose another folder, or add --overwrite.")
     return folder
 

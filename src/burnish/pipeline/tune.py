@@ -118,7 +118,7 @@ def tune(
         loaded_memory_bytes=loaded_bytes,
         peak_memory_bytes=meter.growth_bytes,
         predicted_peak_bytes=predicted,
-        component_bytes=result.component_bytes,
+        component_bytes=_components(result),
         trained_parameters=trained,
         num_examples=len(prepared.examples),
         num_bad_rows=len(prepared.rows.bad_rows),
@@ -188,6 +188,13 @@ def _train(
         on_step=on_step,
         meter=meter,
     )
+
+
+def _components(result: TrainResult) -> dict[str, int]:
+    """Memory by part. The meter began before the weights were loaded, so they come off what is left for activations."""
+    parts = dict(result.component_bytes)
+    parts["activations"] = max(0, parts["activations"] - parts["weights"])
+    return parts
 
 
 def _planned_steps(config: TrainConfig, num_rows: int) -> int:
