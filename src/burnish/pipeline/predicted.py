@@ -28,7 +28,7 @@ def predicted_training_peak(
         label_tokens: learned tokens of an example, on average.
     """
     options = PlanOptions(
-        dtype="float32",
+        dtype=str(decoder.dtype).removeprefix("torch."),
         micro_batch_size=config.micro_batch_size,
         sequence_tokens=longest,
         label_tokens=max(1, label_tokens),
