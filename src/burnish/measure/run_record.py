@@ -7,8 +7,7 @@ Every figure may be None: a run that stopped early, or that left a stage out, is
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from burnish.errors import DataError
+from burnish.measure.json_values import to_plain
 
 SCHEMA = 1
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=True)
@@ -155,7 +155,7 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON values; NaN and infinities become null, which JSON has no word for."""
-        return _plain(asdict(self))
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, record: dict[str, Any], *, source: str = "the run record") -> RunRecord:
@@ -199,18 +199,6 @@ def read_run(path: str | Path) -> RunRecord:
     except json.JSONDecodeError as error:
         raise DataError(f"{file} is not JSON", got=error) from error
     return RunRecord.from_dict(record, source=str(file))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def _as_data_error(error: ValidationError, source: str) -> DataError:

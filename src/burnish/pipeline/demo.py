@@ -20,13 +20,13 @@ from burnish.errors import GateError
 from burnish.measure.compare import Gate, GateLimits
 from burnish.measure.evaluate import SqlScore
 from burnish.measure.hardware import hardware_record, version_record
+from burnish.measure.json_values import to_plain
 from burnish.measure.report import render
 from burnish.measure.run_record import LossPoint, RunRecord, Stage, Variant
 from burnish.models.atomic_files import write_text
 from burnish.models.loading import load_config
 from burnish.pipeline.examples import DataConfig
 from burnish.pipeline.gates import GateResult
-from burnish.pipeline.manifest import plain
 from burnish.pipeline.merge import merge
 from burnish.pipeline.opening import Source, engine_of, open_decoder
 from burnish.pipeline.progress import Progress, silent
@@ -183,9 +183,9 @@ def _fresh_run(seed: int) -> RunRecord:
         versions={**version_record(), "python": platform.python_version()},
         settings={
             "seed": {"seed": seed},
-            "lora": plain(LORA),
-            "train": plain(TRAIN),
-            **{name: plain(item) for name, item in QUANTIZED.items()},
+            "lora": to_plain(LORA),
+            "train": to_plain(TRAIN),
+            **{name: to_plain(item) for name, item in QUANTIZED.items()},
         },
     )
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 from burnish.data.tokenizer import Tokenizer
 from burnish.errors import CheckpointError
 from burnish.measure.hardware import hardware_record, version_record
+from burnish.measure.json_values import to_plain
 from burnish.models.atomic_files import write_text
 
 MANIFEST_NAME = "burnish.json"
@@ -39,17 +39,6 @@ def fingerprint_folder(folder: Path) -> str:
 def describe_input(folder: Path, *, name: str | None = None) -> dict[str, Any]:
     """An input as a manifest names it."""
     return {"path": str(name or folder), "fingerprint": fingerprint_folder(folder)}
-
-
-def plain(value: Any) -> Any:
-    """Settings and figures as JSON values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def write_manifest(
@@ -76,11 +65,11 @@ def write_manifest(
     record = {
         "kind": kind,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "inputs": plain(inputs),
-        "config": plain(config),
-        "data": plain(data),
-        "figures": plain(figures),
-        "gate": plain(gate),
+        "inputs": to_plain(inputs),
+        "config": to_plain(config),
+        "data": to_plain(data),
+        "figures": to_plain(figures),
+        "gate": to_plain(gate),
         "hardware": hardware_record(),
         "versions": version_record(),
     }

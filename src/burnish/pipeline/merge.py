@@ -10,12 +10,13 @@ import torch
 from burnish.compress.loading import load_model
 from burnish.errors import ConfigError
 from burnish.measure.compare import GateLimits, compare_models
+from burnish.measure.json_values import to_plain
 from burnish.measure.memory import MemoryMeter
 from burnish.models.loading import parse_dtype, save_decoder
 from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import held_out
 from burnish.pipeline.gates import MERGE_LIMITS, GateResult, gate_error, judge
-from burnish.pipeline.manifest import describe_input, plain, write_manifest
+from burnish.pipeline.manifest import describe_input, write_manifest
 from burnish.pipeline.opening import Source, check_output, data_of, open_decoder
 from burnish.pipeline.predicted import predicted_merge_peak
 from burnish.pipeline.progress import Progress, silent
@@ -108,8 +109,8 @@ def merge(
         inputs={"base": parent.as_input(), "adapter": describe_input(Path(adapter))},
         config={"dtype": dtype},
         data=data_of(parent),
-        figures=plain(record),
-        gate=plain(gate),
+        figures=to_plain(record),
+        gate=to_plain(gate),
         tokenizer=parent.tokenizer,
     )
     if not gate.passed:

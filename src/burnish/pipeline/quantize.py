@@ -13,12 +13,13 @@ from burnish.compress.loading import load_model
 from burnish.compress.quantize import LayerError, quantize_model
 from burnish.errors import ConfigError, DataError
 from burnish.measure.compare import GateLimits, compare_models
+from burnish.measure.json_values import to_plain
 from burnish.measure.memory import MemoryMeter
 from burnish.models.checkpoint import read_config
 from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import DataConfig, held_out, prepare
 from burnish.pipeline.gates import QUANTIZE_LIMITS, GateResult, gate_error, judge
-from burnish.pipeline.manifest import plain, write_manifest
+from burnish.pipeline.manifest import write_manifest
 from burnish.pipeline.opening import Opened, Source, check_output, data_of, open_decoder
 from burnish.pipeline.predicted import predicted_quantize_peak
 from burnish.pipeline.progress import Progress, silent
@@ -136,10 +137,10 @@ def quantize(
         folder,
         kind="quantized",
         inputs={"model": parent.as_input()},
-        config=plain(config),
+        config=to_plain(config),
         data=recorded,
-        figures=plain(record),
-        gate=plain(gate),
+        figures=to_plain(record),
+        gate=to_plain(gate),
         tokenizer=parent.tokenizer,
     )
     if not gate.passed:

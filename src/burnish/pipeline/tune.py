@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from burnish.errors import ConfigError
+from burnish.measure.json_values import to_plain
 from burnish.measure.memory import MemoryMeter
 from burnish.models.loading import save_decoder
 from burnish.pipeline.examples import DataConfig, Prepared, prepare
-from burnish.pipeline.manifest import plain, write_manifest
+from burnish.pipeline.manifest import write_manifest
 from burnish.pipeline.opening import Opened, Source, check_output, open_decoder
 from burnish.pipeline.predicted import predicted_training_peak
 from burnish.pipeline.progress import Progress, silent
@@ -114,7 +115,7 @@ def tune(
         seconds=result.seconds,
         tokens_per_s=result.tokens_per_s,
         steps=[asdict(step) for step in result.steps],
-        evals=[plain(item) for item in result.eval],
+        evals=[to_plain(item) for item in result.eval],
         loaded_memory_bytes=loaded_bytes,
         peak_memory_bytes=meter.growth_bytes,
         predicted_peak_bytes=predicted,
