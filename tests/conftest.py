@@ -23,6 +23,12 @@ os.environ.update(
 )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is kept in the user's cache, for processes that tests start as well."""
+    os.environ["BURNISH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _one_torch_thread() -> None:
     """Torch runs on one thread, even after a test that asked for more; a test without torch does not import it."""

@@ -118,9 +118,15 @@ def test_adapter_answers_as_the_merged_model(cli: Cli, tiny: Path, adapter: Path
 def test_quantized_while_loading_runs_and_says_so(cli: Cli, merged: Path) -> None:
     done = cli("chat", merged, *SHORT, "--quantize", "int8", stdin="How many?\n")
     assert done.code == 0
-    assert "quantize to int8" in done.err
-    cli("chat", merged, "--quantize", "int7", stdin="x\n").fails(2, "int7", "int8 or int4")
+    assert "quantized to int8" in done.err
+    cli("chat", merged, "--quantize", "int7", stdin="x\n").fails(2, "int7", "int8, int4")
     cli("chat", merged, "--quantize", "int8", "--engine", "transformers", stdin="x\n").fails(2, "native")
+
+
+def test_small_models_are_not_quantized_unasked_and_it_says_why(cli: Cli, merged: Path) -> None:
+    done = cli("chat", merged, *SHORT, stdin="How many?\n")
+    assert "not quantized" in done.err
+    assert "million parameters" in done.err
 
 
 def test_transformers_engine_gives_the_same_answer(cli: Cli, merged: Path) -> None:

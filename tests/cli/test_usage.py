@@ -57,7 +57,8 @@ def test_unusable_command_lines_say_what_is_wrong(cli: Cli, arguments: list[str]
         (["--dtype", "float12"], "float12"),
         (["--device", "gpu"], "gpu"),
         (["--threads", "0"], "threads"),
-        (["--engine", "ctranslate2"], "ctranslate2"),
+        (["--engine", "vllm"], "vllm"),
+        (["--quantize", "int3"], "int3"),
         (["--temperature", "-1"], "temperature"),
         (["--top-p", "2"], "top_p"),
         (["--max-tokens", "0"], "max_tokens"),
@@ -220,7 +221,7 @@ def test_interrupt_while_loading_exits_130(cli: Cli, tiny: Path, monkeypatch: py
     def press_ctrl_c(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opening, "load_model", press_ctrl_c)
+    monkeypatch.setattr(opening, "load_optimised", press_ctrl_c)
     cli("eval", tiny).fails(130, "interrupted")
 
 
@@ -232,7 +233,7 @@ def test_unforeseen_fault_is_one_line_and_says_how_to_see_more(
     def fault(*_: object, **__: object) -> None:
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(opening, "load_model", fault)
+    monkeypatch.setattr(opening, "load_optimised", fault)
     done = cli("eval", tiny)
     assert done.code == 1
     assert done.err == "error: RuntimeError: first second. Set BURNISH_TRACEBACK=1 to see where.\n"
@@ -245,7 +246,7 @@ def test_running_out_of_memory_exits_5(cli: Cli, tiny: Path, monkeypatch: pytest
     def load(*_: object, **__: object) -> None:
         raise fault
 
-    monkeypatch.setattr(opening, "load_model", load)
+    monkeypatch.setattr(opening, "load_optimised", load)
     cli("eval", tiny).fails(5, "out of memory")
 
 

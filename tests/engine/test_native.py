@@ -1,4 +1,4 @@
-"""The native engine gives transformers' tokens, whatever the batch, the slots, the cache and what happens meanwhile."""
+"""The native engine gives transformers' tokens, whatever the batch, the blocks and what happens meanwhile."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from burnish.engine.memory_budget import longest_window
 from burnish.engine.native import NativeEngine
 from burnish.engine.outputs import RequestOutput
 from burnish.engine.sampling import SamplingParams
 from burnish.errors import BurnishError, CheckpointError, ConfigError, RequestError
 from burnish.models.decoder import Decoder
+from burnish.models.loading import load_config
 
 LONG = SamplingParams(max_tokens=20, ignore_eos=True)
 MakePrompts = Callable[..., list[list[int]]]
+Native = Callable[..., NativeEngine]
 
 
 def tokens_of(outputs: Any) -> list[tuple[int, ...]]:
@@ -28,21 +31,52 @@ def alone(engine: NativeEngine, prompts: list[list[int]], params: SamplingParams
     return [token_ids for prompt in prompts for token_ids in tokens_of(engine.generate([prompt], params))]
 
 
-def test_greedy_equals_transformers_alone_and_batched(tiny: Any, make_prompts: MakePrompts) -> None:
+def test_greedy_equals_transformers_alone_and_batched(tiny: Any, native: Native, make_prompts: MakePrompts) -> None:
     prompts = make_prompts(7, seed=1)
     expected = [tiny.greedy(prompt, 20) for prompt in prompts]
     assert len(set(expected)) > 3, "the test would prove nothing on constant answers"
-    engine = NativeEngine(tiny.folder, dtype="float32", max_num_seqs=8)
+    engine = native(tiny.folder, max_num_seqs=8, prefix_caching=False)
     assert alone(engine, prompts, LONG) == expected
     assert tokens_of(engine.generate(prompts, LONG)) == expected
 
 
-def test_greedy_equals_transformers_with_few_slots_and_pieces(tiny: Any, make_prompts: MakePrompts) -> None:
+def test_greedy_equals_transformers_with_few_places_and_pieces(
+    tiny: Any, native: Native, make_prompts: MakePrompts
+) -> None:
     prompts = make_prompts(7, seed=2)
     params = [SamplingParams(max_tokens=3 + 3 * index, ignore_eos=True) for index in range(7)]
     expected = [tiny.greedy(prompt, one.max_tokens) for prompt, one in zip(prompts, params)]
-    engine = NativeEngine(tiny.folder, dtype="float32", max_num_seqs=3, max_batch_tokens=11)
+    engine = native(tiny.folder, max_num_seqs=3, max_batch_tokens=11)
     assert tokens_of(engine.generate(prompts, params)) == expected
+
+
+def test_greedy_equals_transformers_when_blocks_run_out(tiny: Any, native: Native, make_prompts: MakePrompts) -> None:
+    shared = make_prompts(1, seed=21, shortest=36, longest=36)[0]
+    prompts = [[*shared, *tail] for tail in make_prompts(6, seed=22, longest=8)]
+    expected = [tiny.greedy(prompt, 20) for prompt in prompts]
+    windowed = longest_window(load_config(tiny.folder)) is not None
+    block_bytes = native(tiny.folder).scheduler.block_bytes
+    engine = native(
+        tiny.folder,
+        max_model_len=68,
+        max_batch_tokens=24,
+        max_num_seqs=6,
+        kv_memory=(4 if windowed else 7) * block_bytes,
+    )
+    assert tokens_of(engine.generate(prompts, LONG)) == expected
+    stats = engine.stats()
+    assert windowed or stats.preemptions > 0
+    assert windowed or stats.prefix_hit_tokens >= 32
+    # Once more, with every prompt's beginning in the cache, and others that come and are aborted in between.
+    decoys = [engine.submit(prompt[::-1], LONG) for prompt in prompts[:3]]
+    outputs = engine.generate(prompts, LONG)
+    found = [next(outputs)]
+    for decoy in decoys:
+        engine.step()
+        engine.abort(decoy)
+        engine.scheduler.check_integrity()
+    assert tokens_of([*found, *outputs]) == expected
+    assert engine.stats().kv_blocks_used == 0
 
 
 def test_greedy_equals_transformers_without_cache(tiny: Any, make_prompts: MakePrompts) -> None:
@@ -50,6 +84,109 @@ def test_greedy_equals_transformers_without_cache(tiny: Any, make_prompts: MakeP
     engine = NativeEngine(tiny.folder, dtype="float32", max_num_seqs=3, max_batch_tokens=40, kv_cache=False)
     assert tokens_of(engine.generate(prompts, LONG)) == [tiny.greedy(prompt, 20) for prompt in prompts]
     assert engine.stats().kv_bytes == 0
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16", "int8"])
+def test_smaller_cache_changes_little(
+    tiny_model: Callable[[str], Any], native: Native, make_prompts: MakePrompts, kv_dtype: str
+) -> None:
+    tiny = tiny_model("llama")
+    prompts = make_prompts(4, seed=4, shortest=20)
+    params = SamplingParams(max_tokens=2, prompt_logprobs=0, ignore_eos=True)
+    # Read in pieces, so that later ones look at what the cache kept of earlier ones.
+    full, small = (
+        list(native(tiny.folder, kv_dtype=dtype, max_batch_tokens=5).generate(prompts, params))
+        for dtype in ("float32", kv_dtype)
+    )
+    differences = [
+        abs(mine.logprob - other.logprob)
+        for one, two in zip(full, small)
+        for mine, other in zip(one.prompt_logprobs[1:], two.prompt_logprobs[1:])
+    ]
+    assert 0 < sum(differences) / len(differences) < 0.05
+
+
+class Oracle:
+    """Guesses from known answers: right ones, or with a mistake at every fourth place."""
+
+    def __init__(self, answers: dict[tuple[int, ...], tuple[int, ...]], *, right: bool) -> None:
+        self.answers, self.right = answers, right
+
+    def draft(self, sequences: Any) -> None:
+        for sequence in sequences:
+            done = len(sequence.token_ids)
+            guess = list(self.answers[tuple(sequence.prompt_ids)][done : done + 5])
+            if not self.right and len(guess) > 3:
+                guess[3] = (guess[3] + 1) % 97
+            sequence.drafts = guess
+
+
+@pytest.mark.parametrize("params", [LONG, SamplingParams(max_tokens=20, temperature=1.2, seed=5, ignore_eos=True)])
+def test_drafts_save_steps_and_change_no_token(
+    tiny_model: Callable[[str], Any], native: Native, make_prompts: MakePrompts, params: SamplingParams
+) -> None:
+    tiny = tiny_model("mistral")
+    prompts = make_prompts(4, seed=9)
+    engine = native(tiny.folder)
+    expected = tokens_of(engine.generate(prompts, params))
+    plain_steps = engine.stats().steps
+    for right in (True, False):
+        engine = native(tiny.folder)
+        engine.drafter = Oracle({tuple(prompt): answer for prompt, answer in zip(prompts, expected)}, right=right)
+        assert tokens_of(engine.generate(prompts, params)) == expected
+        stats = engine.stats()
+        assert stats.steps < plain_steps / (3 if right else 2)
+        assert (stats.accepted_tokens == stats.drafted_tokens) is right
+
+
+def test_several_answers_share_their_prompt(decoder: Decoder, make_prompts: MakePrompts) -> None:
+    prompt = make_prompts(1, seed=10, shortest=40, longest=40)[0]
+    engine = NativeEngine(decoder)
+    hot = SamplingParams(max_tokens=8, temperature=1.3, seed=3, n=4, ignore_eos=True)
+    [output] = engine.generate([prompt], hot)
+    assert len(output.choices) == 4
+    assert len({choice.token_ids for choice in output.choices}) == 4
+    assert output.choices[0].token_ids == output.token_ids
+    assert output.metrics.output_tokens == 32
+    assert engine.stats().prefix_hit_tokens == 3 * 32
+    [again] = engine.generate([prompt], hot)
+    assert again.choices == output.choices
+    with pytest.raises(RequestError, match="streamed"):
+        engine.stream(prompt, hot)
+
+
+def test_prompt_logprobs_are_the_models_own(decoder: Decoder, make_prompts: MakePrompts) -> None:
+    prompt = make_prompts(1, seed=11, shortest=40, longest=40)[0]
+    params = SamplingParams(max_tokens=3, prompt_logprobs=2, logprobs=1, ignore_eos=True)
+    engine = NativeEngine(decoder, max_batch_tokens=7)
+    for _ in range(2):
+        [output] = engine.generate([prompt], params)
+        tokens = [*prompt, *output.token_ids]
+        with torch.no_grad():
+            logprobs_TV = decoder(torch.tensor([tokens]))[0].log_softmax(-1)
+        expected = [float(logprobs_TV[place, token]) for place, token in enumerate(tokens[1:])]
+        found = [one.logprob for one in (*output.prompt_logprobs[1:], *output.logprobs)]
+        assert output.prompt_logprobs[0] is None
+        assert found == pytest.approx(expected, abs=1e-4)
+        assert all(len(one.top) == 2 for one in output.prompt_logprobs[1:])
+
+
+def test_step_events_show_every_token_of_submitted_requests(
+    decoder: Decoder, tokenizer: Any, make_prompts: MakePrompts
+) -> None:
+    engine = NativeEngine(decoder, tokenizer=tokenizer, max_num_seqs=2)
+    prompts = make_prompts(3, seed=12)
+    expected = list(engine.generate(prompts, LONG))
+    ids = [engine.submit(prompt, LONG) for prompt in prompts]
+    seen: dict[int, list[Any]] = {request_id: [] for request_id in ids}
+    while engine.stats().running or engine.stats().waiting:
+        for request_id, event in engine.step_events():
+            seen[request_id].append(event)
+    for request_id, output in zip(ids, expected):
+        events = seen[request_id]
+        assert [len(event.token_ids) for event in events] == [1] * 20
+        assert "".join(event.text for event in events) == output.text
+        assert events[-1].output.token_ids == output.token_ids
 
 
 def test_greedy_equals_own_full_forward_without_packing(decoder: Decoder, make_prompts: MakePrompts) -> None:
@@ -142,13 +279,12 @@ def test_interrupted_step_loses_nothing(
     found: dict[int, tuple[int, ...]] = {}
     run, calls = engine.runner.run, itertools.count()
 
-    def interrupted(batch: Any) -> list[int]:
-        token_ids = run(batch)
+    def interrupted(batch: Any) -> None:
+        run(batch)
         if next(calls) % 7 == 3:
             with torch.inference_mode():
-                engine.runner.cache.keys[0].fill_(9.0)  # type: ignore[union-attr]
+                engine.runner.backend._store.keys[0].fill_(float("nan"))  # type: ignore[attr-defined]
             raise KeyboardInterrupt
-        return token_ids
 
     monkeypatch.setattr(engine.runner, "run", interrupted)
     for _ in range(500):
@@ -159,6 +295,26 @@ def test_interrupted_step_loses_nothing(
         if len(found) == len(prompts):
             break
     assert [found[index] for index in range(5)] == expected
+
+
+def test_answer_that_ended_in_an_interrupted_step_is_reported_by_the_next(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = NativeEngine(decoder)
+    [expected] = engine.generate([[5, 6]], SamplingParams(max_tokens=1))
+    request_id = engine.submit([5, 6], SamplingParams(max_tokens=1))
+    run = engine.runner.run
+
+    def interrupted(batch: Any) -> None:
+        run(batch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    [output] = engine.step()
+    assert (output.index, output.token_ids) == (request_id, expected.token_ids)
+    assert engine.step() == []
 
 
 def test_end_token_stops_and_is_no_text(decoder: Decoder, tokenizer: Any) -> None:
@@ -235,7 +391,11 @@ def test_stats_count_weights_and_cache(decoder: Decoder) -> None:
     assert engine.warm_up() > 0
     stats = engine.stats()
     assert stats.weights_bytes == 4 * decoder.config.num_parameters()
-    assert 0 < stats.kv_bytes < 4 * 256 * decoder.config.kv_bytes_per_token(4)
+    assert stats.kv_bytes == 4 * 256 * decoder.config.kv_bytes_per_token(4)
+    assert (stats.kv_blocks, stats.kv_blocks_used, stats.kv_bytes_used) == (64, 0, 0)
+    assert (stats.prompt_tokens, stats.output_tokens) == (5 * 16, 5 * 4)
+    assert 0 < stats.overhead_s < stats.step_s
+    assert stats.tokens_per_s > 0
     assert stats.warmup_s > 0
     assert (stats.dtype, stats.device, stats.running, stats.waiting) == ("float32", "cpu", 0, 0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,9 +23,11 @@ class Pieces:
         return self.held
 
 
-def play(pieces: list[str], stop: list[str], *, held: str = "", quiet: int = 0) -> tuple[list[str], str, bool]:
+def play(
+    pieces: list[str], stop: list[str], *, held: str = "", quiet: int = 0, include_stop: bool = False
+) -> tuple[list[str], str, bool]:
     """Pieces shown after each token, the final text, and whether a stop string ended it."""
-    stream = TextStream(Pieces(pieces, held), stop)
+    stream = TextStream(Pieces(pieces, held), stop, include_stop=include_stop)
     shown: list[str] = []
     stopped = False
     for token_id in range(len(pieces)):
@@ -75,3 +79,45 @@ def test_shown_pieces_join_to_the_text_cut_at_the_first_stop(pieces: list[str], 
     assert stopped == any(one in whole for one in stop)
     if not stopped:
         assert text == whole
+
+
+def test_stop_string_stays_in_the_text_when_asked() -> None:
+    assert play(["one <", "/", "s", "> two"], ["</s>"], include_stop=True) == (
+        ["one ", "", "", "</s>", ""],
+        "one </s>",
+        True,
+    )
+
+
+def test_of_two_stops_at_one_place_the_one_complete_first_counts() -> None:
+    assert play(["xab", "c"], ["abc", "ab"], include_stop=True)[1:] == ("xab", True)
+    assert play(["xabc"], ["abc", "ab"], include_stop=True)[1:] == ("xab", True)
+
+
+def test_stop_that_repeats_its_own_beginning_is_found() -> None:
+    assert play(["a", "a", "a", "b", "!"], ["aab"])[1:] == ("a", True)
+
+
+@given(text=st.text("ab", max_size=14), stop=st.text("ab", min_size=1, max_size=5), data=st.data())
+def test_cutting_the_text_into_pieces_changes_nothing(text: str, stop: str, data: st.DataObject) -> None:
+    """Wherever the tokens' edges are, the text ends with the first stop string, or before it."""
+    edges = sorted({0, len(text), *data.draw(st.lists(st.integers(0, len(text)), max_size=6))})
+    pieces = [text[begin:end] for begin, end in itertools.pairwise(edges)]
+    before, found, _ = text.partition(stop)
+    assert play(pieces, [stop])[1:] == (before, bool(found))
+    shown, kept, stopped = play(pieces, [stop], include_stop=True)
+    assert (kept, stopped) == (before + found, bool(found))
+    assert "".join(shown) == kept
+
+
+@given(
+    pieces=st.lists(st.text("ab", max_size=3), max_size=10),
+    stop=st.text("ab", min_size=1, max_size=4),
+    quiet=st.integers(0, 10),
+)
+def test_stop_in_the_quiet_part_is_plain_text(pieces: list[str], stop: str, quiet: int) -> None:
+    """What arrived before min_tokens never counts, not even as the beginning of a later match."""
+    free = "".join(pieces[:quiet])
+    _, text, stopped = play(pieces, [stop], quiet=quiet)
+    before, found, _ = "".join(pieces[quiet:]).partition(stop)
+    assert (text, stopped) == (free + before, bool(found))

@@ -28,7 +28,7 @@ def test_greedy_equals_native_and_generate(tiny_model: Callable[[str], Any], mak
     engine = TransformersEngine(tiny.folder, dtype="float32", max_num_seqs=3)
     outputs = list(engine.generate(prompts, LONG))
     assert [output.token_ids for output in outputs] == [tiny.greedy(prompt, 15) for prompt in prompts]
-    native = NativeEngine(tiny.folder, dtype="float32")
+    native = NativeEngine(tiny.folder, dtype="float32", backend="torch")
     assert [output.token_ids for output in native.generate(prompts, LONG)] == [one.token_ids for one in outputs]
     for output in outputs:
         assert output.metrics.ttft_ms is not None

@@ -101,3 +101,17 @@ def test_frequencies_cached_in_inference_mode_still_train() -> None:
     x = torch.randn(1, 3, 1, 4, requires_grad=True)
     rope.table(positions_BT, dtype=torch.float32).rotate(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_tokens_of_several_lengths_rotate_as_each_alone(name: str) -> None:
+    scaling: dict[str, Any] = {"rope_type": name, "factor": 3.0}
+    if name == "longrope":
+        scaling |= {"original_max_position_embeddings": 8, "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]}
+    rope = Rope(rotary_dim=4, theta=100.0, max_position_embeddings=8, scaling=scaling)
+    positions_BT, lengths_BT = torch.tensor([[0, 1, 9, 3]]), torch.tensor([[5, 5, 10, 20]])
+    table = rope.table(positions_BT, dtype=torch.float32, lengths_BT=lengths_BT)
+    for place, (position, length) in enumerate(zip(positions_BT[0].tolist(), lengths_BT[0].tolist())):
+        frequencies, factor = rope.frequencies(length)
+        assert torch.allclose(table.cos[0, place, 0], (position * frequencies).cos() * factor)
+        assert torch.allclose(table.sin[0, place, 0], (position * frequencies).sin() * factor)

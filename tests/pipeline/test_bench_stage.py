@@ -10,7 +10,7 @@ from burnish.measure.bench import BenchResult, VersusResult, Workload
 from burnish.measure.compare import GateLimits
 from burnish.pipeline.bench import bench
 from burnish.pipeline.merge import MergeRecord
-from burnish.pipeline.opening import Source
+from burnish.pipeline.opening import EngineOptions, Source
 from burnish.pipeline.quantize import quantize
 from burnish.pipeline.tune import TuneRecord
 
@@ -51,3 +51,28 @@ def test_two_engines_run_in_turn(merged: MergeRecord) -> None:
 def test_repeats_out_of_range_are_refused(tiny: Path, numbers: dict) -> None:
     with pytest.raises(ConfigError, match="out of range"):
         bench(str(tiny), workload=SMALL, **numbers)
+
+
+def test_quantized_on_load_beside_the_same_engine_dense(merged: MergeRecord) -> None:
+    result = bench(merged.out, workload=SMALL, versus="native", repeats=1, options=EngineOptions(quantize="int8"))
+    assert isinstance(result, VersusResult)
+    assert (result.first.quantization, result.second.quantization) == ("int8", None)
+    assert result.first.weights_bytes < result.second.weights_bytes
+    record = result.to_dict()["first"]["optimised"]
+    assert record["quantize"] == "int8"
+    assert record["bytes_after"] < record["bytes_before"]
+
+
+def test_the_other_engine_may_run_another_model(merged: MergeRecord, tiny: Path) -> None:
+    result = bench(
+        merged.out, workload=SMALL, versus="native", versus_model=str(tiny), versus_quantize="int4", repeats=1
+    )
+    assert isinstance(result, VersusResult)
+    assert (result.first.quantization, result.second.quantization) == (None, "int4")
+    with pytest.raises(ConfigError, match="no other engine"):
+        bench(merged.out, workload=SMALL, versus_quantize="int8")
+
+
+def test_an_engine_that_cannot_honour_an_option_is_refused(merged: MergeRecord) -> None:
+    with pytest.raises(ConfigError, match="cannot honour quantize"):
+        bench(merged.out, workload=SMALL, versus="transformers", versus_quantize="int8")

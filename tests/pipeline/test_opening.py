@@ -10,7 +10,7 @@ from pipeline_fakes import logits_of
 import burnish
 from burnish.errors import CheckpointError, ConfigError
 from burnish.pipeline.merge import MergeRecord
-from burnish.pipeline.opening import Source, check_output, open_decoder, open_engine
+from burnish.pipeline.opening import EngineOptions, Source, check_output, open_decoder, open_engine
 from burnish.pipeline.tune import TuneRecord
 from tiny_llama import write_tiny_llama
 
@@ -96,3 +96,29 @@ def test_python_face_loads_and_generates(merged: MergeRecord, tuned: TuneRecord)
     engine = burnish.Engine(merged.out, dtype="float32")
     assert engine.warm_up() > 0
     assert "".join(event.text for event in engine.stream("SELECT", params)) == outputs[0].text
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_the_python_engine_quantizes_and_stays_within_memory(tiny: Path, quantize: str) -> None:
+    engine = burnish.Engine(str(tiny), dtype="float32", quantize=quantize, kv_memory="4MiB", max_model_len=64)
+    (output,) = engine.generate([[5, 6, 7]], burnish.SamplingParams(max_tokens=4, ignore_eos=True))
+    assert len(output.token_ids) == 4
+    assert 0 < engine.stats().kv_bytes <= 4 * 2**20
+    dense = burnish.Engine(str(tiny), dtype="float32", max_model_len=64)
+    assert engine.stats().weights_bytes < dense.stats().weights_bytes
+
+
+def test_unknown_quantization_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="int3"):
+        EngineOptions(quantize="int3")
+
+
+def test_adapters_run_on_a_quantized_base(tiny: Path, tuned: TuneRecord) -> None:
+    options = EngineOptions(quantize="int8")
+    engine = open_engine(str(tiny), Source(dtype="float32"), adapter=tuned.adapter, options=options)
+    (quantized,) = engine.generate(TOKENS, burnish.SamplingParams(max_tokens=4, ignore_eos=True))
+    assert len(quantized.token_ids) == 4
+    opened = open_decoder(str(tiny), Source(dtype="float32"), adapter=tuned.adapter, quantize="int8")
+    dense = open_decoder(str(tiny), Source(dtype="float32"), adapter=tuned.adapter)
+    difference = logits_of(opened.decoder, TOKENS) - logits_of(dense.decoder, TOKENS)
+    assert 0 < difference.norm() < 0.1 * logits_of(dense.decoder, TOKENS).norm()

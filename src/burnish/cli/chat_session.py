@@ -5,21 +5,33 @@ from __future__ import annotations
 import json as json_format
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from burnish.cli.output import counted, stderr, to_plain
-from burnish.compress.config import QuantizeConfig
+from burnish.cli.show_engine import optimised_lines
 from burnish.data.rows import Row
 from burnish.data.templates import Template, pick_template
 from burnish.data.tokenizer import Tokenizer
-from burnish.engine.outputs import RequestMetrics, RequestOutput
+from burnish.engine.outputs import EngineStats, RequestMetrics, RequestOutput
 from burnish.engine.protocol import Engine
 from burnish.engine.sampling import SamplingParams
 from burnish.errors import BurnishError, ConfigError
 from burnish.measure.formatting import format_bytes, format_milliseconds, format_rate, format_seconds
 from burnish.measure.memory import MemoryMeter, resident_bytes
-from burnish.pipeline.opening import Opened, Source, data_of, engine_of, open_decoder, open_engine, required_tokenizer
+from burnish.models.resolve import resolve_model
+from burnish.pipeline.opening import (
+    EngineOptions,
+    Source,
+    data_of,
+    engine_of,
+    open_decoder,
+    open_engine,
+    recorded_data,
+    required_tokenizer,
+)
+from burnish.train.adapter import is_adapter_folder
 
 HELP = """\
 /help            this list
@@ -29,7 +41,6 @@ HELP = """\
 /stats           figures of the session
 /quit            leave (also Ctrl-D)
 A backslash at its end continues a line in the next. Ctrl-C stops an answer."""
-QUANTIZE = {"int8": 8, "int4": 4}
 NO_SYSTEM = "this model's prompts have no place for a system message"
 
 
@@ -54,9 +65,8 @@ def open_chat(
     *,
     adapter: str | None,
     engine: str,
-    quantize: str,
+    options: EngineOptions,
     template: str,
-    kv_cache: bool,
     quiet: bool,
 ) -> OpenedChat:
     """Load, optimise and warm up, telling how long each took.
@@ -64,38 +74,24 @@ def open_chat(
     Raises:
         ConfigError, CheckpointError: bad input.
     """
-    if quantize not in ("none", *QUANTIZE):
-        raise ConfigError("quantize is not known", got=quantize, expected="none, int8 or int4")
-    console = stderr()
     started = time.perf_counter()
     recorded: dict[str, Any] | None = None
-    if engine == "native":
-        opened = open_decoder(model, source, adapter=adapter)
-        quantized_s = _quantize(opened, quantize)
-        tokenizer, recorded = opened.tokenizer, data_of(opened)
-        loaded_s = time.perf_counter() - started - quantized_s
-        running: Engine = engine_of(
-            opened, max_num_seqs=1, kv_cache=kv_cache, optimise=quantize == "none" and opened.adapter is None
+    if engine == "native" and (adapter is not None or is_adapter_folder(model)):
+        opened = open_decoder(
+            model, source, adapter=adapter, quantize=options.quantize, weights_cache=options.weights_cache
         )
+        tokenizer, recorded = opened.tokenizer, data_of(opened)
+        running: Engine = engine_of(opened, max_num_seqs=1, options=options)
     else:
-        if quantize != "none":
-            raise ConfigError("--quantize needs the native engine", got=f"--engine {engine}")
-        running = open_engine(model, source, adapter=adapter, engine=engine, max_num_seqs=1, kv_cache=kv_cache)
-        from burnish.models.resolve import resolve_model
-
-        tokenizer = required_tokenizer(resolve_model(model, revision=source.revision, offline=source.offline))
-        quantized_s, loaded_s = 0.0, time.perf_counter() - started
+        running = open_engine(model, source, adapter=adapter, engine=engine, max_num_seqs=1, options=options)
+        folder = resolve_model(model, revision=source.revision, offline=source.offline)
+        tokenizer, recorded = required_tokenizer(folder), recorded_data(folder)
+    loaded_s = time.perf_counter() - started
     running.warm_up()
     stats = running.stats()
     if not quiet:
-        quantized = f", quantize to {quantize} {format_seconds(quantized_s)}" if quantized_s else ""
-        console.print(
-            f"{model}: {stats.engine} engine, {stats.dtype} on {stats.device}, {_threads(stats.threads)}, "
-            f"{format_bytes(stats.weights_bytes)} of weights\n"
-            f"load {format_seconds(loaded_s)}{quantized}, optimise {format_seconds(stats.optimise_s)}, "
-            f"warm-up {format_seconds(stats.warmup_s)}",
-            markup=False,
-        )
+        for line in (*_opening_lines(model, stats, loaded_s), *optimised_lines(running)):
+            stderr().print(line, markup=False, soft_wrap=True)
     name = template
     if name == "auto" and recorded and recorded.get("template"):
         name = str(recorded["template"])
@@ -106,15 +102,15 @@ def open_chat(
     )
 
 
-def _quantize(opened: Opened, quantize: str) -> float:
-    """Quantize the decoder in place by rounding, which needs no data; returns seconds."""
-    if quantize == "none":
-        return 0.0
-    from burnish.compress.quantize import quantize_model
-
-    started = time.perf_counter()
-    quantize_model(opened.decoder, None, QuantizeConfig(method="rtn", bits=QUANTIZE[quantize], group_size=128))
-    return time.perf_counter() - started
+def _opening_lines(model: str, stats: EngineStats, loaded_s: float) -> Iterator[str]:
+    facts = [f"{stats.engine} engine", f"{stats.dtype} on {stats.device}" if stats.dtype else stats.device]
+    facts += [_threads(stats.threads)] if stats.threads else []
+    facts += [f"{format_bytes(stats.weights_bytes)} of weights"] if stats.weights_bytes else []
+    yield f"{model}: {', '.join(facts)}"
+    yield (
+        f"load {format_seconds(loaded_s - stats.optimise_s)}, optimise {format_seconds(stats.optimise_s)}, "
+        f"warm-up {format_seconds(stats.warmup_s)}"
+    )
 
 
 @dataclass

@@ -31,6 +31,8 @@ def evaluate(
     ] = None,
     against: Annotated[str | None, typer.Option(help="Parent model, for KL and greedy agreement.")] = None,
     adapter: options.Adapter = None,
+    quantize: options.Quantize = "none",
+    weights_cache: options.WeightsCache = True,
     template: options.Template = "auto",
     columns: options.Columns = None,
     limit: Annotated[int | None, typer.Option(help="Use this many rows at most.")] = None,
@@ -75,6 +77,8 @@ def evaluate(
             data=rows,
             against=against,
             adapter=adapter,
+            quantize=quantize,
+            weights_cache=weights_cache,
             max_tokens=max_tokens,
             source=source,
             progress=progress,
@@ -94,6 +98,16 @@ def bench(
     ] = None,
     engine: options.Engine = "native",
     vs: Annotated[str | None, typer.Option("--vs", help="Another engine, run in turn with the first.")] = None,
+    vs_model: Annotated[
+        str | None, typer.Option("--vs-model", metavar="MODEL", help="What the other engine runs; MODEL if not given.")
+    ] = None,
+    vs_quantize: Annotated[str, typer.Option("--vs-quantize", help="As --quantize, of the other engine.")] = "none",
+    quantize: options.Quantize = "none",
+    weights_cache: options.WeightsCache = True,
+    memory: options.Memory = None,
+    kv_memory: options.KvMemory = None,
+    kv_dtype: options.KvDtype = None,
+    max_batch_tokens: options.MaxBatchTokens = None,
     adapter: options.Adapter = None,
     repeats: Annotated[int, typer.Option(help="Measured passes.")] = 3,
     warmup: Annotated[int, typer.Option(help="Passes before them that are not measured.")] = 1,
@@ -113,7 +127,7 @@ def bench(
     from burnish.cli.show_measures import show_bench, show_versus
     from burnish.measure.bench import VersusResult, Workload
     from burnish.pipeline.bench import bench as run
-    from burnish.pipeline.opening import Source
+    from burnish.pipeline.opening import EngineOptions, Source
 
     workload = Workload(
         input_tokens=input_tokens,
@@ -131,10 +145,20 @@ def bench(
             workload=workload,
             engine=engine,
             versus=vs,
+            versus_model=vs_model,
+            versus_quantize=vs_quantize,
             adapter=adapter,
             repeats=repeats,
             warmup=warmup,
-            kv_cache=kv_cache,
+            options=EngineOptions(
+                quantize=quantize,
+                weights_cache=weights_cache,
+                memory=memory,
+                kv_memory=kv_memory,
+                kv_dtype=kv_dtype,
+                max_batch_tokens=max_batch_tokens,
+                kv_cache=kv_cache,
+            ),
             source=source,
             progress=progress,
         )

@@ -59,7 +59,18 @@ def chat(
         str | None, typer.Option(help="Text put before every question, such as a schema; @FILE reads it.")
     ] = None,
     template: options.Template = "auto",
-    quantize: Annotated[str, typer.Option(help="none, int8 or int4: quantize the weights while loading.")] = "none",
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="int8, int4, none, or auto (if not given): int8 on a CPU where it is measured to be good enough.",
+            show_default=False,
+        ),
+    ] = None,
+    weights_cache: options.WeightsCache = True,
+    memory: options.Memory = None,
+    kv_memory: options.KvMemory = None,
+    kv_dtype: options.KvDtype = None,
+    max_batch_tokens: options.MaxBatchTokens = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
@@ -83,7 +94,7 @@ def chat(
     """Load MODEL, wait for a prompt, stream the answer, print the metrics. /help lists what else can be typed."""
     from burnish.cli.chat_session import ChatSession, open_chat
     from burnish.engine.sampling import SamplingParams
-    from burnish.pipeline.opening import Source
+    from burnish.pipeline.opening import EngineOptions, Source
 
     source = Source(
         device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
@@ -102,9 +113,16 @@ def chat(
         source,
         adapter=adapter,
         engine=engine,
-        quantize=quantize,
+        options=EngineOptions(
+            quantize=quantize or ("auto" if engine == "native" else "none"),
+            weights_cache=weights_cache,
+            memory=memory,
+            kv_memory=kv_memory,
+            kv_dtype=kv_dtype,
+            max_batch_tokens=max_batch_tokens,
+            kv_cache=kv_cache,
+        ),
         template=template,
-        kv_cache=kv_cache,
         quiet=quiet or json,
     )
     session = ChatSession(opened, params, system=system, context=text, json=json, quiet=quiet)
@@ -139,6 +157,12 @@ def generate(
     ] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on past the end token.")] = False,
     concurrency: Annotated[int, typer.Option(help="Prompts at once.")] = 32,
+    quantize: options.Quantize = "none",
+    weights_cache: options.WeightsCache = True,
+    memory: options.Memory = None,
+    kv_memory: options.KvMemory = None,
+    kv_dtype: options.KvDtype = None,
+    max_batch_tokens: options.MaxBatchTokens = None,
     kv_cache: Annotated[bool, typer.Option(help="Keep keys and values.")] = True,
     engine: options.Engine = "native",
     config: options.Config = None,
@@ -154,8 +178,9 @@ def generate(
 ) -> None:
     """Continue prompts; answers come in the prompts' order."""
     from burnish.cli.prompt_files import read_prompts
+    from burnish.cli.show_engine import optimised_lines
     from burnish.engine.sampling import SamplingParams
-    from burnish.pipeline.opening import Source, open_engine
+    from burnish.pipeline.opening import EngineOptions, Source, open_engine
 
     if (prompt is None) == (prompts is None):
         raise ConfigError("generate needs prompts", expected="either --prompt or --prompts FILE")
@@ -179,8 +204,23 @@ def generate(
         device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
     )
     running = open_engine(
-        model, source, adapter=adapter, engine=engine, max_num_seqs=min(concurrency, len(given)), kv_cache=kv_cache
+        model,
+        source,
+        adapter=adapter,
+        engine=engine,
+        max_num_seqs=min(concurrency, len(given)),
+        options=EngineOptions(
+            quantize=quantize,
+            weights_cache=weights_cache,
+            memory=memory,
+            kv_memory=kv_memory,
+            kv_dtype=kv_dtype,
+            max_batch_tokens=max_batch_tokens,
+            kv_cache=kv_cache,
+        ),
     )
+    for line in optimised_lines(running):
+        note(line, quiet=quiet)
     results = []
     with watching(quiet=quiet) as progress:
         for output in running.generate(given, params):

@@ -75,7 +75,31 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pyt
 Adapter = Annotated[
     str | None, typer.Option("--adapter", metavar="DIR", help="LoRA adapter to run on the model, unmerged.")
 ]
-Engine = Annotated[str, typer.Option("--engine", help="native or transformers.")]
+Engine = Annotated[str, typer.Option("--engine", help="native, transformers, ctranslate2 or openai:URL[#NAME].")]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        "--quantize",
+        help="int8 or int4: quantize a dense checkpoint's linears while it is read; auto: int8 on a CPU where it is "
+        "measured to be good enough; none.",
+    ),
+]
+WeightsCache = Annotated[
+    bool, typer.Option("--weights-cache/--no-weights-cache", help="Keep quantized weights on disk for the next time.")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Most memory of the process (GPU: of the card), such as 4GiB."),
+]
+KvMemory = Annotated[
+    str | None, typer.Option("--kv-memory", metavar="SIZE", help="Memory of the KV cache alone, such as 512MiB.")
+]
+KvDtype = Annotated[
+    str | None, typer.Option("--kv-dtype", help="Of the KV cache: auto, float32, bfloat16, float16 or int8.")
+]
+MaxBatchTokens = Annotated[
+    int | None, typer.Option("--max-batch-tokens", help="Tokens computed in one step; prompts are read in such pieces.")
+]
 Template = Annotated[str, typer.Option("--template", help="Prompt template: auto, chat, alpaca or sql-context.")]
 Columns = Annotated[
     str | None,

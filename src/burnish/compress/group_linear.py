@@ -145,6 +145,13 @@ class GroupQuantizedLinear(nn.Module):
             group_size=self.group_size,
         )
 
+    def groups_of_columns(self) -> Tensor:
+        """The group of each input feature, (in,) int32, without unpacking the weight."""
+        if self.centred is not None:
+            groups_N = self._held("column_groups")
+            return groups_N if self.column_order is None else groups_N[torch.argsort(self.column_order)]
+        return self._packed_groups()
+
     def dequantize(self, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight the layer stands for: (out, in)."""
         return self.quantized().dequantize(dtype=dtype)
@@ -236,7 +243,7 @@ class GroupQuantizedLinear(nn.Module):
             self._is_regular = bool((groups_N == trivial_g_idx(self.in_features, width).to(groups_N.device)).all())
         return self._is_regular
 
-    def _unpacked(self) -> QuantizedWeight:
+    def _packed_groups(self) -> Tensor:
         scales_GO = self._held("scales")
         groups = scales_GO.shape[0]
         plain_I = trivial_g_idx(self.in_features, self.group_size).to(scales_GO.device)
@@ -250,6 +257,11 @@ class GroupQuantizedLinear(nn.Module):
         if groups > 1 and int(g_idx.max()) == 0:
             # Files of the first programs to write this layout leave g_idx at zero where the order is plain.
             g_idx = plain_I
+        return g_idx
+
+    def _unpacked(self) -> QuantizedWeight:
+        scales_GO = self._held("scales")
+        g_idx = self._packed_groups()
         zeros_OG = unpack(self._held("qzeros").t().contiguous(), self.bits, self.out_features)
         # The offset wraps at the grid's size, as in the program that defined the layout.
         zeros_OG = (zeros_OG + self.zero_offset) & ((1 << self.bits) - 1)

@@ -62,6 +62,8 @@ def unpack(words_NC: Tensor, bits: int, num_values: int) -> Tensor:
     Returns:
         (num_values, columns), uint8.
     """
+    if bits == 4:
+        return _unpack_nibbles(words_NC, num_values)
     num_rows, num_columns = words_NC.shape
     values_per, words_per = _period(bits)
     periods = -(-num_rows // words_per)
@@ -79,3 +81,13 @@ def unpack(words_NC: Tensor, bits: int, num_values: int) -> Tensor:
             value_PC = value_PC | ((words_PWC[:, word + 1] << kept) & mask)
         values_PVC[:, index] = value_PC.to(torch.uint8)
     return values_PVC.view(-1, num_columns)[:num_values]
+
+
+def _unpack_nibbles(words_NC: Tensor, num_values: int) -> Tensor:
+    """4 bits by way of bytes: several times as quick as by words, which matters when a model is laid out anew."""
+    num_rows, num_columns = words_NC.shape
+    bytes_CN = words_NC.t().reshape(-1).view(torch.uint8).view(num_columns, 4 * num_rows)
+    values_CN = torch.empty(bytes_CN.shape[0], 2 * bytes_CN.shape[1], dtype=torch.uint8, device=words_NC.device)
+    values_CN[:, 0::2] = bytes_CN & 0xF
+    values_CN[:, 1::2] = bytes_CN >> 4
+    return values_CN.t()[:num_values]

@@ -1,122 +1,170 @@
-"""Running one batch of the scheduler through the decoder: tokens in, the next tokens out.
+"""Running one batch of the scheduler: rows packed for the backend, its logits to tokens, tokens to their sequences.
 
-Shapes: B rows of the batch, T tokens per row (padded on the right), D hidden, V vocabulary.
+Shapes: T packed tokens, S sequences, L positions whose logits are wanted, N blocks of the longest table, V vocabulary.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from burnish.engine.kv_cache import CachedAttention, KVCache
-from burnish.engine.sampler import Sampler
+from burnish.engine.sampler import Sampler, accept_greedy
 from burnish.engine.scheduler import Batch, Row
-from burnish.errors import OutOfMemoryError
-from burnish.models.decoder import Decoder
-
-# A new sequence's cache is made this much longer than its prompt at once (if it may grow so far), then grows in steps.
-_AHEAD = 256
+from burnish.engine.step import Backend, StepInputs
+from burnish.errors import BurnishError, OutOfMemoryError
 
 
 class ModelRunner:
-    """Owns the decoder's cache and the sampler.
+    """Computes batches and appends what is sampled.
 
     Args:
-        decoder: read only here.
-        max_num_seqs, max_model_len: the largest batch and length that will come.
         max_batch_tokens: without a cache, tokens computed at once; bounds the memory of activations.
-        kv_cache: False computes every row from its first token and keeps nothing.
+
+    Attributes:
+        backend_s: seconds spent in the backend so far.
     """
 
-    def __init__(
-        self, decoder: Decoder, *, max_num_seqs: int, max_model_len: int, max_batch_tokens: int, kv_cache: bool
-    ) -> None:
-        self.decoder = decoder
+    def __init__(self, backend: Backend, *, max_batch_tokens: int) -> None:
+        self.backend = backend
         self.sampler = Sampler()
         self.max_batch_tokens = max_batch_tokens
-        self.max_model_len = max_model_len
-        self.cache = (
-            KVCache(
-                decoder.config,
-                max_num_seqs=max_num_seqs,
-                max_length=max_model_len,
-                device=decoder.device,
-                dtype=decoder.dtype,
-            )
-            if kv_cache
-            else None
-        )
+        self.backend_s = 0.0
+        self.num_steps = 0
+        self.output_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
 
-    @torch.inference_mode()
-    def run(self, batch: Batch | None) -> list[int]:
-        """Compute the batch; return one new token for each row that `samples`, in the rows' order.
+    def run(self, batch: Batch) -> None:
+        """Compute the batch; the sequences of rows that sample receive their next tokens.
 
         Raises:
-            OutOfMemoryError: the machine's memory does not hold the cache or the activations.
+            OutOfMemoryError: the machine's memory does not hold the activations.
             BurnishError: the logits are not numbers.
         """
-        if batch is None:
-            return []
-        with _memory_errors():
-            hidden_BD = self._recomputed(batch.rows) if self.cache is None else self._cached(batch, self.cache)
-            if hidden_BD is None:
-                return []
-            sequences = [row.sequence for row in batch.rows if row.samples]
-            return self.sampler.sample(self.decoder.logits(hidden_BD), sequences)
+        self.num_steps += 1
+        with _memory_errors(), torch.inference_mode():
+            for rows in self._pieces(batch.rows):
+                self._run(rows)
 
-    def _cached(self, batch: Batch, cache: KVCache) -> Tensor | None:
-        """Hidden states (B', D) of the last tokens of the rows that sample, None when there are none."""
-        for move in batch.moves:
-            cache.move(move.source, move.target, move.length)
-        rows = batch.rows
-        num_new = max(row.end - row.start for row in rows)
-        starts = [row.start for row in rows]
-        self._reserve(cache, rows, max(starts) + num_new)
-        attention = CachedAttention(cache, first_slot=rows[0].sequence.slot, starts=starts, num_new=num_new)
-        tokens_BT = self._tokens(rows, num_new)
-        positions_BT = torch.tensor(starts, device=tokens_BT.device)[:, None]
-        if num_new > 1:
-            positions_BT = positions_BT + torch.arange(num_new, device=tokens_BT.device)
-        hidden_BTD = self.decoder.hidden(tokens_BT, positions_BT=positions_BT, attention=attention)
-        return _last_hidden(hidden_BTD, rows)
+    def _run(self, rows: list[Row]) -> None:
+        greedy = not any(row.num_logits and self._needs_logits(row) for row in rows)
+        step = pack_rows(rows, block_size=self.backend.block_size)
+        started = time.perf_counter()
+        result = self.backend.forward(step, greedy=greedy)
+        token_ids: list[int] = result.tolist() if greedy else []
+        self.backend_s += time.perf_counter() - started
+        if greedy:
+            self._take_greedy(rows, token_ids)
+        else:
+            self._sample(rows, result)
 
-    def _recomputed(self, rows: list[Row]) -> Tensor:
-        """As `_cached`, but every row from its first token, as many rows at once as the token budget allows."""
-        order = sorted(range(len(rows)), key=lambda index: rows[index].end)
-        hidden: dict[int, Tensor] = {}
-        while order:
-            width = rows[order[-1]].end
-            split = max(0, len(order) - max(1, self.max_batch_tokens // width))
-            order, group = order[:split], order[split:]
-            members = [rows[index] for index in group]
-            last_BD = _last_hidden(self.decoder.hidden(self._tokens(members, width)), members)
-            assert last_BD is not None
-            hidden.update(zip(group, last_BD))
-        return torch.stack([hidden[index] for index in range(len(rows))])
+    def _needs_logits(self, row: Row) -> bool:
+        scored = row.sequence.prompt_logprobs
+        scores = scored is not None and not scored.complete
+        return scores or (row.samples and self.sampler.needs_logits(row.sequence))
 
-    def _reserve(self, cache: KVCache, rows: list[Row], needed: int) -> None:
-        hoped = max(min(row.sequence.most_tokens, row.sequence.num_tokens + _AHEAD) for row in rows)
-        slots = rows[-1].sequence.slot + 1
-        if slots > cache.num_slots or needed > cache.capacity or (rows[0].start == 0 and hoped > cache.capacity):
-            cache.reserve(slots, max(needed, min(hoped, self.max_model_len)))
+    def _take_greedy(self, rows: list[Row], token_ids: list[int]) -> None:
+        if token_ids and min(token_ids) < 0:
+            raise BurnishError(
+                "the model's logits are not numbers (NaN)", remedy="Try --dtype float32, or check the checkpoint."
+            )
+        now_s = time.perf_counter()
+        begin = 0
+        for row in rows:
+            if row.num_logits:
+                end = begin + row.num_logits
+                self._take(row, accept_greedy(token_ids[begin:end], row.drafts, row.sequence), now_s)
+                begin = end
 
-    def _tokens(self, rows: list[Row], width: int) -> Tensor:
-        tokens = [row.sequence.tokens(row.start, row.end) for row in rows]
-        padded = [row_tokens + [0] * (width - len(row_tokens)) for row_tokens in tokens]
-        return torch.tensor(padded, device=self.decoder.device)
+    def _sample(self, rows: list[Row], logits_LV: Tensor) -> None:
+        plain: list[tuple[Row, int]] = []
+        drafted: list[tuple[Row, int]] = []
+        end = 0
+        for row in rows:
+            begin, end = end, end + row.num_logits
+            scored = row.sequence.prompt_logprobs
+            if scored is not None and row.num_logits and not scored.complete:
+                scored.add(logits_LV[begin:end], start=row.end - row.num_logits)
+            if row.samples:
+                (drafted if row.drafts else plain).append((row, end - 1 - len(row.drafts)))
+        # Every row is chosen from before any sequence changes, so that an error leaves all as they were.
+        chosen: list[tuple[Row, list]] = []
+        if plain:
+            places = [place for _, place in plain]
+            logits_BV = logits_LV if places == list(range(logits_LV.shape[0])) else logits_LV[places]
+            sampled = self.sampler.sample(logits_BV, [row.sequence for row, _ in plain])
+            chosen += [(row, [one]) for (row, _), one in zip(plain, sampled)]
+        for row, place in drafted:
+            logits_KV = logits_LV[place : place + 1 + len(row.drafts)]
+            chosen.append((row, self.sampler.verify(logits_KV, row.drafts, row.sequence)))
+        now_s = time.perf_counter()
+        for row, sampled in chosen:
+            self._take(row, sampled, now_s)
+
+    def _take(self, row: Row, sampled: list, now_s: float) -> None:
+        sequence = row.sequence
+        before = len(sequence.token_ids)
+        for one in sampled:
+            sequence.take(one, now_s=now_s)
+            if sequence.finished:
+                break
+        taken = len(sequence.token_ids) - before
+        self.output_tokens += taken
+        if row.drafts:
+            accepted = max(0, taken - 1)
+            sequence.num_drafted += len(row.drafts)
+            sequence.num_accepted += accepted
+            self.drafted_tokens += len(row.drafts)
+            self.accepted_tokens += accepted
+
+    def _pieces(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """All rows at once; without a cache, as many whole sequences as the token budget allows."""
+        if self.backend.num_blocks:
+            yield rows
+            return
+        piece: list[Row] = []
+        for row in rows:
+            if piece and sum(one.end for one in piece) + row.end > self.max_batch_tokens:
+                yield piece
+                piece = []
+            piece.append(row)
+        yield piece
 
 
-def _last_hidden(hidden_BTD: Tensor, rows: list[Row]) -> Tensor | None:
-    if hidden_BTD.shape[1] == 1:
-        return hidden_BTD[:, 0]
-    places = [(index, row.end - row.start - 1) for index, row in enumerate(rows) if row.samples]
-    if not places:
-        return None
-    indices, lasts = zip(*places)
-    return hidden_BTD[list(indices), list(lasts)]
+def pack_rows(rows: list[Row], *, block_size: int) -> StepInputs:
+    """The rows as the backend wants them."""
+    counts = [row.end - row.start for row in rows]
+    row_starts = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum(counts, out=row_starts[1:])
+    tokens: list[int] = []
+    for row in rows:
+        tokens += row.tokens()
+    ends_S = np.array([row.end for row in rows], dtype=np.int32)
+    num_tokens = len(tokens)
+    # Of each sequence, positions count up to its end: end - (row's end among the packed tokens) + place.
+    shifts_T = np.repeat(ends_S - row_starts[1:], counts)
+    tables_SN = np.full((len(rows), max(len(row.sequence.block_table) for row in rows)), -1, dtype=np.int32)
+    for index, row in enumerate(rows):
+        # Blocks past the row's end (the prompt's, reserved ahead) are not this step's.
+        used = -(-row.end // block_size)
+        table = row.sequence.block_table[:used]
+        tables_SN[index, : len(table)] = table
+    wanted = [np.arange(end - row.num_logits, end) for row, end in zip(rows, row_starts[1:].tolist()) if row.num_logits]
+    return StepInputs(
+        tokens_T=np.array(tokens, dtype=np.int32),
+        positions_T=np.arange(num_tokens, dtype=np.int32) + shifts_T.astype(np.int32),
+        row_starts=row_starts,
+        context_lens_S=ends_S,
+        block_tables_SN=tables_SN,
+        logit_rows_L=np.concatenate(wanted).astype(np.int32) if wanted else np.zeros(0, dtype=np.int32),
+        adapters_S=np.array([row.sequence.adapter for row in rows], dtype=np.int32),
+        rope_lens_S=np.array([row.sequence.rope_len for row in rows], dtype=np.int32),
+    )
 
 
 @contextmanager

@@ -10,25 +10,33 @@ from pathlib import Path
 
 import torch
 
-from burnish.compress.loading import load_model
-from burnish.engine.dtype_rule import pick_dtype
+from burnish.compress.optimise import OptimiseReport
+from burnish.engine.backends import choose_backend, make_backend, parse_kv_dtype, value_width
+from burnish.engine.block_manager import BLOCK_SIZE, BlockManager
+from burnish.engine.drafter import Drafter
+from burnish.engine.logprobs import PromptLogprobs
+from burnish.engine.memory_budget import Demand, limit_card, longest_window, parse_bytes, plan_blocks
+from burnish.engine.model_loading import check_same, load_for_engine
 from burnish.engine.model_runner import ModelRunner
 from burnish.engine.outputs import EngineStats, RequestOutput, StreamEvent
-from burnish.engine.packing import pack_decoder, weights_bytes
 from burnish.engine.prompts import Prompt, TextTokenizer
+from burnish.engine.request import Request
 from burnish.engine.requests import RequestFactory, context_length
+from burnish.engine.rope_lengths import longest_context, rope_lengths
 from burnish.engine.sampling import SamplingParams
-from burnish.engine.scheduler import Batch, Scheduler
+from burnish.engine.scheduler import Scheduler
 from burnish.engine.sequence import Sequence
+from burnish.engine.step_clock import StepClock
 from burnish.engine.tokenizer_folder import load_tokenizer
-from burnish.errors import ConfigError
-from burnish.models.checkpoint import read_config
+from burnish.errors import ConfigError, RequestError
 from burnish.models.decoder import Decoder
-from burnish.models.loading import config_of, parse_dtype, resolve_model
+from burnish.models.loading import resolve_model
+
+_SCORED_BYTES = 64 * 2**20
 
 
 class NativeEngine:
-    """Continuous batching over a preallocated KV cache. Several iterators may be open at once, all in one thread.
+    """Continuous batching over a paged KV cache. Several iterators may be open at once, all in one thread.
 
     Args:
         model: a folder, bundled name or hub id; or a `Decoder`, perhaps with adapters, which is put into eval mode and
@@ -36,14 +44,26 @@ class NativeEngine:
         tokenizer: None loads the folder's own. Where it has none, prompts are token ids and texts are empty.
         dtype: "auto" follows `dtype_rule`; a `Decoder` keeps its own.
         max_num_seqs: most sequences that run at once.
-        max_model_len: most tokens of prompt and answer; None is what the model was made for.
-        max_batch_tokens: prompt tokens computed in one step; longer prompts are read in pieces of this size.
-        threads: of torch, for the whole process; None leaves them.
+        max_model_len: most tokens of prompt and answer; None is what the model was made for, or what the memory holds.
+        max_batch_tokens: tokens computed in one step; longer prompts are read in pieces.
+        memory: of the whole process (on a GPU: of the card), as "4GiB" or bytes; see `memory_budget`.
+        kv_memory: of the KV cache alone.
+        kv_dtype: of the KV cache: "auto" (the model's), "bfloat16", "float16", "float32" or "int8".
+        block_size: tokens per block of the cache.
+        prefix_caching: prompts that begin alike are computed once, while the blocks last.
         kv_cache: False computes everything anew for each token, to show what the cache is worth.
+        backend: "auto", "torch" or "cpu"; see `backends`.
+        threads: of torch, for the whole process; None leaves them.
         optimise: join and lay out plain linears for this hardware; None does so for models loaded here.
+        quantize: "int8", "int4", "auto" or "none": the linears of a dense checkpoint, while it is read.
+        weights_cache: keep quantized weights on disk for the next time; see `compress.optimise_cache`.
 
     Raises:
         ConfigError, CheckpointError: an option is out of range, or the model cannot be loaded.
+
+    Attributes:
+        drafter: guesses tokens for the next step to verify; None does not speculate.
+        optimised: what loading did to the weights; None for a model handed in.
     """
 
     name = "native"
@@ -58,83 +78,163 @@ class NativeEngine:
         max_num_seqs: int = 32,
         max_model_len: int | None = None,
         max_batch_tokens: int = 512,
-        threads: int | None = None,
+        memory: str | int | None = None,
+        kv_memory: str | int | None = None,
+        kv_dtype: str | torch.dtype | None = None,
+        block_size: int = BLOCK_SIZE,
+        prefix_caching: bool = True,
         kv_cache: bool = True,
+        backend: str = "auto",
+        threads: int | None = None,
         optimise: bool | None = None,
+        quantize: str = "none",
+        weights_cache: bool = True,
         revision: str | None = None,
         offline: bool = False,
         allow_pickle: bool = False,
     ) -> None:
-        counts = {"max_num_seqs": max_num_seqs, "max_batch_tokens": max_batch_tokens, "threads": threads}
+        counts = {
+            "max_num_seqs": max_num_seqs,
+            "max_batch_tokens": max_batch_tokens,
+            "block_size": block_size,
+            "threads": threads,
+        }
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is out of range", got=value, expected="1 or more")
+        for name, size in (("memory", memory), ("kv_memory", kv_memory)):
+            if size is not None and not kv_cache:
+                raise ConfigError(f"{name} bounds the KV cache, and there is none without kv_cache")
         if threads is not None:
             torch.set_num_threads(threads)
         started = time.perf_counter()
         if isinstance(model, Decoder):
-            _check_same(model, dtype, torch.device(device))
+            check_same(model, dtype, torch.device(device))
+            if quantize != "none":
+                raise ConfigError("a decoder that is handed in keeps its weights", got=f"quantize {quantize}")
             self.decoder = model.eval()
+            self.optimised: OptimiseReport | None = None
             self._load_s = 0.0
         else:
             folder = resolve_model(model, revision=revision, offline=offline, allow_pickle=allow_pickle)
-            self.decoder = _load(folder, dtype=dtype, device=torch.device(device), allow_pickle=allow_pickle)
+            loaded = load_for_engine(
+                folder,
+                dtype=dtype,
+                device=torch.device(device),
+                quantize=quantize,
+                weights_cache=weights_cache,
+                allow_pickle=allow_pickle,
+            )
+            self.decoder, self.optimised = loaded.decoder, loaded.report
             tokenizer = tokenizer or load_tokenizer(folder)
             self._load_s = time.perf_counter() - started
-        started = time.perf_counter()
-        self._packed = pack_decoder(self.decoder) if optimise or (optimise is None and model is not self.decoder) else 0
-        self._optimise_s = time.perf_counter() - started
-        self._warmup_s = 0.0
         config = self.decoder.config
         self.max_model_len = context_length(
-            max_model_len, longest=config.max_position_embeddings, unlimited=config.position == "alibi"
+            max_model_len, longest=longest_context(config), unlimited=config.position == "alibi"
         )
+        if self.decoder.device.type == "cuda" and memory is not None:
+            limit_card(self.decoder.device, parse_bytes(memory, name="memory"))
+        started = time.perf_counter()
+        cache_dtype = parse_kv_dtype(kv_dtype, dtype=self.decoder.dtype)
+        may_change = model is not self.decoder if optimise is None else optimise
+        name = choose_backend(
+            self.decoder,
+            kv_cache=kv_cache,
+            block_size=block_size,
+            kv_dtype=cache_dtype,
+            backend=backend,
+            optimise=may_change,
+        )
+        demand = Demand(
+            config=config,
+            block_size=block_size,
+            kv_dtype=cache_dtype,
+            value_width=value_width(config.head_dim, backend=name),
+            dtype=self.decoder.dtype,
+            device=self.decoder.device,
+            max_num_seqs=max_num_seqs,
+            max_model_len=self.max_model_len,
+            max_batch_tokens=max_batch_tokens,
+            length_asked=max_model_len is not None,
+        )
+        num_blocks = plan_blocks(demand, memory=memory, kv_memory=kv_memory) if kv_cache else 0
+        made = make_backend(
+            name,
+            self.decoder,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            kv_dtype=cache_dtype,
+            max_batch_tokens=max_batch_tokens,
+            max_model_len=self.max_model_len,
+            optimise=may_change,
+        )
+        assert made.kv_bytes <= num_blocks * demand.block_bytes
+        self._optimise_s = time.perf_counter() - started
+        self._warmup_s = 0.0
         self.tokenizer = tokenizer
-        self._requests = RequestFactory(
+        self._requests_of = RequestFactory(
             tokenizer,
             vocab_size=config.vocab_size,
             max_model_len=self.max_model_len,
             end_ids=frozenset(config.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer is not None else ()),
         )
-        self.scheduler = Scheduler(max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens, kv_cache=kv_cache)
-        self.runner = ModelRunner(
-            self.decoder,
-            max_num_seqs=max_num_seqs,
-            max_model_len=self.max_model_len,
-            max_batch_tokens=max_batch_tokens,
-            kv_cache=kv_cache,
+        blocks = BlockManager(
+            num_blocks, block_size=block_size, prefix_caching=prefix_caching, window=longest_window(config)
         )
-        self._unfinished: dict[int, Sequence] = {}
+        self.scheduler = Scheduler(
+            blocks=blocks if kv_cache else None,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+            max_scored_tokens=max(1, _SCORED_BYTES // (4 * config.vocab_size)),
+            rope=rope_lengths(config, max_model_len=self.max_model_len),
+            block_bytes=demand.block_bytes,
+        )
+        self.runner = ModelRunner(made, max_batch_tokens=max_batch_tokens)
+        self.drafter: Drafter | None = None
+        self._clock = StepClock()
+        self._prompt_tokens = 0
+        self._unfinished: dict[int, Request] = {}
+        self._request_of: dict[Sequence, Request] = {}
+        # Finished in a step that failed afterwards: the next one reports them.
+        self._late: list[Request] = []
 
     def generate(
         self, prompts: SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None = None
     ) -> Generator[RequestOutput, None, None]:
-        """See `Engine.generate`."""
-        return self._run_all(self._requests.make_all(prompts, params))
+        """See `Engine.generate`. A request with `params.n` above 1 gives one output with so many `choices`."""
+        pairs = self._requests_of.pairs(prompts, params)
+        return self._run_all([self._make(prompt, one, index=index) for index, (prompt, one) in enumerate(pairs)])
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamEvent, None, None]:
         """See `Engine.stream`."""
-        return self._run_streaming(self._requests.make(prompt, params or SamplingParams(), index=0))
+        return self._run_streaming(self._make(prompt, _one_answer(params), index=0))
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queue a request for callers that drive `step` themselves; returns its id, which is its output's `index`."""
-        sequence = self._requests.make(prompt, params or SamplingParams())
-        self._add(sequence)
-        return sequence.request_id
+        request = self._make(prompt, params or SamplingParams())
+        request.followed = True
+        self._add(request)
+        return request.request_id
 
     def abort(self, request_id: int) -> None:
-        """End an unfinished request with finish_reason "aborted"; its slot is free at once. Others are not affected."""
-        sequence = self._unfinished.pop(request_id, None)
-        if sequence is not None and not sequence.finished:
-            self.scheduler.abort(sequence)
-            sequence.finish("aborted", now_s=time.perf_counter())
+        """End an unfinished request with finish_reason "aborted"; its blocks are free at once, others go on."""
+        request = self._unfinished.get(request_id)
+        if request is None:
+            return
+        self._forget(request)
+        for sequence in request.sequences:
+            if not sequence.finished:
+                self.scheduler.abort(sequence)
+                sequence.finish("aborted", now_s=time.perf_counter())
 
     def step(self) -> list[RequestOutput]:
         """Run one batch; returns the requests that it finished."""
-        with self._recomputed_after_failure():
-            batch = self.scheduler.schedule()
-            token_ids = self.runner.run(batch)
-            return self._postprocess(batch, token_ids)
+        return [request.output() for request in self._step() if request.finished]
+
+    def step_events(self) -> list[tuple[int, StreamEvent]]:
+        """As `step`, for callers of `submit` that want every token: request ids with what is new, the end included."""
+        events = [(request.request_id, request.event()) for request in self._step() if request.followed]
+        return [(request_id, event) for request_id, event in events if event is not None]
 
     def warm_up(self) -> float:
         """Run prompts of the sizes that bind memory and kernels first; returns seconds, also kept for `stats`."""
@@ -148,66 +248,105 @@ class NativeEngine:
         return self._warmup_s
 
     def stats(self) -> EngineStats:
-        """Sizes, set-up times and load now."""
-        cache = self.runner.cache
+        """Sizes, set-up times, load now, and what was done so far."""
+        scheduler, runner, backend = self.scheduler, self.runner, self.runner.backend
+        blocks = scheduler.blocks
         return EngineStats(
             engine=self.name,
             dtype=str(self.decoder.dtype).removeprefix("torch."),
             device=str(self.decoder.device),
             threads=torch.get_num_threads(),
-            weights_bytes=weights_bytes(self.decoder),
-            kv_bytes=0 if cache is None else cache.num_bytes,
+            weights_bytes=backend.weights_bytes,
+            kv_bytes=backend.kv_bytes,
             load_s=self._load_s,
             optimise_s=self._optimise_s,
             warmup_s=self._warmup_s,
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            max_num_seqs=self.scheduler.max_num_seqs,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            max_num_seqs=scheduler.max_num_seqs,
             max_model_len=self.max_model_len,
-            packed_linears=self._packed,
+            packed_linears=getattr(backend, "packed_linears", 0),
+            backend=backend.name,
+            kv_blocks=0 if blocks is None else blocks.num_blocks,
+            kv_blocks_used=0 if blocks is None else blocks.num_used,
+            kv_blocks_cached=0 if blocks is None else blocks.num_cached,
+            kv_bytes_used=0 if blocks is None else blocks.num_used * scheduler.block_bytes,
+            preemptions=scheduler.num_preemptions,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            steps=runner.num_steps,
+            step_s=self._clock.total_s,
+            backend_s=runner.backend_s,
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=runner.output_tokens,
+            drafted_tokens=runner.drafted_tokens,
+            accepted_tokens=runner.accepted_tokens,
+            tokens_per_s=self._clock.tokens_per_s(),
         )
 
-    def _add(self, sequence: Sequence) -> None:
-        sequence.arrival_s = time.perf_counter()
-        self._unfinished[sequence.request_id] = sequence
-        self.scheduler.add(sequence)
+    def _make(self, prompt: Prompt, params: SamplingParams, *, index: int | None = None) -> Request:
+        sequences = self._requests_of.make_choices(prompt, params, index=index)
+        for sequence in sequences:
+            self.scheduler.check_fits(sequence)
+        if params.prompt_logprobs is not None:
+            sequences[0].prompt_logprobs = PromptLogprobs(params.prompt_logprobs, sequences[0].prompt_ids)
+        return Request(sequences=sequences)
 
-    def _run_all(self, sequences: list[Sequence]) -> Generator[RequestOutput, None, None]:
-        try:
-            for sequence in sequences:
-                self._add(sequence)
-            for sequence in sequences:
-                while not sequence.finished:
-                    self.step()
-                yield sequence.output()
-        finally:
-            for sequence in sequences:
-                self.abort(sequence.request_id)
-
-    def _run_streaming(self, sequence: Sequence) -> Generator[StreamEvent, None, None]:
-        shown = 0
-        try:
-            self._add(sequence)
-            while not sequence.finished:
-                self.step()
-                piece = sequence.text.take()
-                if piece or sequence.finished:
-                    token_ids, shown = tuple(sequence.token_ids[shown:]), len(sequence.token_ids)
-                    output = sequence.output() if sequence.finished else None
-                    yield StreamEvent(text=piece, token_ids=token_ids, output=output)
-        finally:
-            self.abort(sequence.request_id)
-
-    def _postprocess(self, batch: Batch | None, token_ids: list[int]) -> list[RequestOutput]:
-        if batch is None:
-            return []
+    def _add(self, request: Request) -> None:
         now_s = time.perf_counter()
-        for sequence, token_id in zip([row.sequence for row in batch.rows if row.samples], token_ids):
-            sequence.append(token_id, now_s=now_s)
-        finished = self.scheduler.postprocess(batch)
-        for sequence in finished:
-            self._unfinished.pop(sequence.request_id, None)
-        return [sequence.output() for sequence in finished]
+        self._unfinished[request.request_id] = request
+        self._prompt_tokens += len(request.sequences[0].prompt_ids)
+        for sequence in request.sequences:
+            sequence.arrival_s = now_s
+            self._request_of[sequence] = request
+            self.scheduler.add(sequence)
+
+    def _run_all(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
+        try:
+            for request in requests:
+                self._add(request)
+            for request in requests:
+                while not request.finished:
+                    self._step()
+                yield request.output()
+        finally:
+            for request in requests:
+                self.abort(request.request_id)
+
+    def _run_streaming(self, request: Request) -> Generator[StreamEvent, None, None]:
+        try:
+            self._add(request)
+            while not request.finished:
+                self._step()
+                event = request.event(with_text=True)
+                if event is not None:
+                    yield event
+        finally:
+            self.abort(request.request_id)
+
+    def _step(self) -> list[Request]:
+        """Run one batch; returns the requests that got on, each finished one once."""
+        started = time.perf_counter()
+        before = self.runner.output_tokens
+        with self._recomputed_after_failure():
+            advanced = dict.fromkeys(self._late)
+            if self.drafter is not None:
+                self.drafter.draft([one for one in self.scheduler.running if one.num_uncomputed == 1])
+            batch = self.scheduler.schedule()
+            if batch is not None:
+                self.runner.run(batch)
+                self.scheduler.postprocess(batch)
+                advanced |= {self._request_of[row.sequence]: None for row in batch.rows if row.samples}
+                self._clock.count(started, tokens=self.runner.output_tokens - before)
+            self._late = []
+            for request in advanced:
+                if request.finished:
+                    self._forget(request)
+        return list(advanced)
+
+    def _forget(self, request: Request) -> None:
+        self._unfinished.pop(request.request_id, None)
+        for sequence in request.sequences:
+            self._request_of.pop(sequence, None)
 
     @contextmanager
     def _recomputed_after_failure(self) -> Iterator[None]:
@@ -215,24 +354,15 @@ class NativeEngine:
             yield
         except BaseException:
             # Ctrl-C may land between any two lines of a step: the others' tokens are kept, their cache is not trusted.
-            self.scheduler.restart(self._unfinished.values())
+            requests = list(self._unfinished.values())
+            self.scheduler.restart(sequence for request in requests for sequence in request.sequences)
+            self.runner.backend.reset()
+            self._late = [request for request in requests if request.finished]
             raise
 
 
-def _load(folder: Path, *, dtype: str | torch.dtype, device: torch.device, allow_pickle: bool) -> Decoder:
-    hf_config = read_config(folder)
-    wanted = pick_dtype(
-        dtype,
-        num_parameters=config_of(hf_config).num_parameters(),
-        stored=parse_dtype("auto", hf_config),
-        device=device,
-    )
-    return load_model(folder, dtype=wanted, device=device, allow_pickle=allow_pickle)
-
-
-def _check_same(decoder: Decoder, dtype: str | torch.dtype, device: torch.device) -> None:
-    wanted = None if dtype == "auto" else parse_dtype(dtype)
-    if wanted is not None and wanted != decoder.dtype:
-        raise ConfigError("a decoder that is handed in keeps its dtype", got=wanted, expected=decoder.dtype)
-    if device.type != "cpu" and device.type != decoder.device.type:
-        raise ConfigError("a decoder that is handed in keeps its device", got=device, expected=decoder.device)
+def _one_answer(params: SamplingParams | None) -> SamplingParams:
+    params = params or SamplingParams()
+    if params.n != 1:
+        raise RequestError("several answers cannot be streamed", got=f"n={params.n}", expected="n=1")
+    return params

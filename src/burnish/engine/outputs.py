@@ -6,7 +6,9 @@ import itertools
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "aborted"]
+from burnish.engine.sampled import TokenLogprob
+
+FinishReason = Literal["stop", "length", "aborted", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +33,35 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One answer.
+
+    Attributes:
+        text: cut before a stop string, without special tokens.
+        token_ids: every token produced, an end token included.
+        finish_reason: "stop" (end token or stop string), "length", "aborted" or "error".
+        logprobs: one entry per token, where they were asked for.
+        error: what went wrong with this answer alone, where the reason is "error".
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RequestOutput:
     """A finished request.
 
     Attributes:
         index: position of its prompt in the call to `generate` (0 for `stream`).
         prompt: the prompt as text; None when it was given as token ids.
-        text: the answer, cut before a stop string, without special tokens.
-        token_ids: every token produced, an end token included.
-        finish_reason: "stop" (end token or stop string), "length" or "aborted".
+        text, token_ids, finish_reason, logprobs, error: the first answer's; see `Completion`.
+        metrics: of all answers together.
+        choices: every answer, `SamplingParams.n` of them.
+        prompt_logprobs: one entry per token of the prompt (None for the first), where they were asked for.
     """
 
     index: int
@@ -48,6 +70,10 @@ class RequestOutput:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     metrics: RequestMetrics
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None
+    choices: tuple[Completion, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +94,21 @@ class EngineStats:
 
     Attributes:
         weights_bytes: bytes of the model's tensors, counted once each.
-        kv_bytes: bytes of the KV cache as allocated now.
+        kv_bytes: bytes of the KV cache as allocated now (memory that was never written to is not yet taken).
         load_s: reading the checkpoint; 0 for a model handed in.
         optimise_s: packing linears.
         warmup_s: the last `warm_up`.
-        running, waiting: requests with and without a slot.
+        running, waiting: sequences in the batch, and those queued.
+        backend: what computes the steps.
+        kv_blocks, kv_blocks_used, kv_blocks_cached: blocks in all, those that running sequences hold, and those kept
+            for prompts that begin alike.
+        kv_bytes_used: bytes of the blocks that running sequences hold.
+        preemptions: times that a sequence lost its blocks to an older one.
+        prefix_hit_tokens: prompt tokens that needed no computing.
+        steps: steps run so far; `step_s` seconds in all, `backend_s` of them computing the model.
+        prompt_tokens, output_tokens: tokens of requests begun, and tokens produced.
+        drafted_tokens, accepted_tokens: guesses verified, and right ones among them.
+        tokens_per_s: tokens produced per second over the last seconds.
     """
 
     engine: str
@@ -89,6 +125,26 @@ class EngineStats:
     max_num_seqs: int
     max_model_len: int
     packed_linears: int = 0
+    backend: str = ""
+    kv_blocks: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_cached: int = 0
+    kv_bytes_used: int = 0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+    backend_s: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    tokens_per_s: float = 0.0
+
+    @property
+    def overhead_s(self) -> float:
+        """Seconds of all steps spent outside the model: scheduling, sampling, text."""
+        return self.step_s - self.backend_s
 
 
 def make_metrics(*, prompt_tokens: int, arrival_s: float, token_times_s: list[float], end_s: float) -> RequestMetrics:

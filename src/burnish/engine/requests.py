@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence as SequenceOf
 
+from burnish.engine.constrained import Constraint, GrammarCompiler
 from burnish.engine.prompts import Prompt, TextTokenizer, answer_decoder, encode_prompt
 from burnish.engine.sampling import SamplingParams
 from burnish.engine.sequence import Sequence
@@ -29,13 +30,22 @@ class RequestFactory:
         self.max_model_len = max_model_len
         self.end_ids = end_ids
         self._next_id = itertools.count()
+        self._grammars = GrammarCompiler(tokenizer, vocab_size=vocab_size, end_ids=end_ids)
 
     def make(self, prompt: Prompt, params: SamplingParams, *, index: int | None = None) -> Sequence:
-        """Check one request; nothing runs yet.
+        """Check one request that asks for one answer; nothing runs yet.
 
         Raises:
-            RequestError: naming the lengths when the prompt is too long; or the stop strings or tokens cannot work.
+            RequestError: naming the lengths when the prompt is too long; the stop strings or tokens cannot work; a
+                token id is outside the vocabulary; the constraint cannot be followed; or it asks for several answers.
+            MissingExtraError: it asks for a constraint, and the library for that is not installed.
         """
+        if params.n != 1:
+            raise RequestError("only one answer can be produced here", got=f"n={params.n}", expected="n=1")
+        return self.make_choices(prompt, params, index=index)[0]
+
+    def make_choices(self, prompt: Prompt, params: SamplingParams, *, index: int | None = None) -> list[Sequence]:
+        """Check one request; a sequence for each of its `params.n` answers, `choice` 0, 1, .... Raises as `make`."""
         text, ids = encode_prompt(prompt, self.tokenizer, vocab_size=self.vocab_size)
         if len(ids) >= self.max_model_len:
             raise RequestError(
@@ -46,29 +56,54 @@ class RequestFactory:
             )
         if self.tokenizer is None and params.stop:
             raise RequestError("stop strings need a tokenizer, and the model folder has none")
+        self._check_ids(params)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.end_ids)
-        if any(token >= self.vocab_size for token in params.stop_token_ids):
-            raise RequestError(
-                "a stop token is outside the vocabulary",
-                got=max(params.stop_token_ids),
-                expected=f"0..{self.vocab_size - 1}",
+        first_id, *_ = request_ids = [next(self._next_id) for _ in range(params.n)]
+        return [
+            Sequence(
+                request_id=request_id,
+                index=first_id if index is None else index,
+                choice=choice,
+                prompt=text,
+                prompt_ids=ids,
+                params=params,
+                end_ids=ends,
+                max_tokens=min(params.max_tokens, self.max_model_len - len(ids)),
+                constraint=self._constraint(params),
+                text=TextStream(
+                    answer_decoder(self.tokenizer, prompt, ids), params.stop, include_stop=params.include_stop
+                ),
             )
-        request_id = next(self._next_id)
-        return Sequence(
-            request_id=request_id,
-            index=request_id if index is None else index,
-            prompt=text,
-            prompt_ids=ids,
-            params=params,
-            end_ids=ends,
-            max_tokens=min(params.max_tokens, self.max_model_len - len(ids)),
-            text=TextStream(answer_decoder(self.tokenizer, prompt, ids), params.stop),
-        )
+            for choice, request_id in enumerate(request_ids)
+        ]
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        return None if params.constraint is None else self._grammars.start(*params.constraint)
+
+    def _check_ids(self, params: SamplingParams) -> None:
+        for what, ids in (
+            ("a stop token", params.stop_token_ids),
+            ("a token of logit_bias", [token_id for token_id, _ in params.biases]),
+        ):
+            if ids and max(ids) >= self.vocab_size:
+                raise RequestError(
+                    f"{what} is outside the vocabulary", got=max(ids), expected=f"0..{self.vocab_size - 1}"
+                )
 
     def make_all(
         self, prompts: SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None
     ) -> list[Sequence]:
-        """One sequence per prompt, in order; raises as `make`, and when the counts of prompts and parameters differ."""
+        """One sequence per prompt, in order; raises as `make` and `pairs`."""
+        return [self.make(prompt, one, index=index) for index, (prompt, one) in enumerate(self.pairs(prompts, params))]
+
+    def pairs(
+        self, prompts: SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None
+    ) -> list[tuple[Prompt, SamplingParams]]:
+        """Each prompt with its parameters.
+
+        Raises:
+            RequestError: the prompts are no list, or the counts of prompts and parameters differ.
+        """
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, SequenceOf):
             raise RequestError(
                 "prompts must be a list of prompts", got=type(prompts).__name__, remedy="Put a single one in a list."
@@ -81,7 +116,7 @@ class RequestFactory:
             raise RequestError(
                 "prompts and parameters differ in number", got=f"{len(prompts)} prompts, {len(every)} parameters"
             )
-        return [self.make(prompt, one, index=index) for index, (prompt, one) in enumerate(zip(prompts, every))]
+        return list(zip(prompts, every))
 
 
 def context_length(asked: int | None, *, longest: int, unlimited: bool) -> int:

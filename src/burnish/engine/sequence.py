@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from burnish.engine.outputs import FinishReason, RequestOutput, make_metrics
+from burnish.engine.outputs import Completion, FinishReason
+from burnish.engine.sampled import Sampled, TokenLogprob
 from burnish.engine.sampling import SamplingParams
 from burnish.engine.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from burnish.engine.constrained import Constraint
+    from burnish.engine.logprobs import PromptLogprobs
 
 
 @dataclass(eq=False, kw_only=True)
@@ -21,8 +28,22 @@ class Sequence:
         prompt_ids: the prompt's tokens, at least one.
         end_ids: tokens that end the answer (the model's and the request's).
         max_tokens: `params.max_tokens`, cut to what the context leaves.
+        adapter: index of the LoRA adapter it runs with, -1 for none.
+        choice: which of the request's `params.n` answers this is.
+        prompt_logprobs: gathers the prompt's own log-probabilities.
+        logprobs: of the tokens in `token_ids`, where they are asked for.
+        error: why it ended, where the reason is "error".
+        constraint: what the answer has to follow, None where it is free.
         num_computed: tokens whose keys and values are in the cache.
-        slot: row of the cache, -1 while waiting or finished.
+        block_table: blocks of the cache, in the tokens' order; -1 where no window reaches any more.
+        block_hashes: digests of the full blocks so far, see `BlockManager.hashes`.
+        num_published, num_dropped: leading blocks that were offered to others, and that were given back.
+        rope_len: see `StepInputs.rope_lens_S`; the prompt's length.
+        cache_salt: sequences whose salts differ never share blocks.
+        drafts: tokens that may follow, to be verified in the next step; set by a drafter.
+        num_drafted, num_accepted: drafts verified so far, and right ones among them.
+        running: it has a place in the batch; the scheduler's.
+        num_preemptions: how often its blocks were taken away.
     """
 
     request_id: int
@@ -34,8 +55,24 @@ class Sequence:
     max_tokens: int
     text: TextStream
     token_ids: list[int] = field(default_factory=list)
+    adapter: int = -1
+    choice: int = 0
+    constraint: Constraint | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    error: str | None = None
     num_computed: int = 0
-    slot: int = -1
+    block_table: array[int] = field(default_factory=lambda: array("i"))
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    num_dropped: int = 0
+    rope_len: int = 0
+    cache_salt: tuple[int, ...] = ()
+    drafts: list[int] = field(default_factory=list)
+    num_drafted: int = 0
+    num_accepted: int = 0
+    running: bool = False
+    num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     arrival_s: float = field(default_factory=time.perf_counter)
     token_times_s: list[float] = field(default_factory=list)
@@ -48,13 +85,19 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens not yet in the cache: 1 while decoding, more while the prompt is being read."""
+        """Tokens not yet in the cache: 1 while decoding, more while the prompt is being read or read again."""
         return self.num_tokens - self.num_computed
 
     @property
     def most_tokens(self) -> int:
         """The length this sequence may grow to."""
         return len(self.prompt_ids) + self.max_tokens
+
+    @property
+    def scoring_start(self) -> int:
+        """First position whose logits are still wanted to score the prompt; `num_tokens` where none are."""
+        scored = self.prompt_logprobs
+        return self.num_tokens if scored is None or scored.complete else scored.position
 
     @property
     def finished(self) -> bool:
@@ -71,6 +114,17 @@ class Sequence:
         if start >= length:
             return self.token_ids[start - length : end - length]
         return [*self.prompt_ids[start:end], *self.token_ids[: max(0, end - length)]]
+
+    def take(self, sampled: Sampled, *, now_s: float) -> None:
+        """Take one chosen token, and finish when it ends the answer or when there is none."""
+        if sampled.failure is not None:
+            self.error = sampled.failure.message
+            self.finish("error", now_s=now_s)
+            return
+        if sampled.logprob is not None:
+            # An interrupted step may have left one whose token never came.
+            self.logprobs[len(self.token_ids) :] = [sampled.logprob]
+        self.append(sampled.token_id, now_s=now_s)
 
     def append(self, token_id: int, *, now_s: float) -> None:
         """Take one sampled token, and finish when it ends the answer."""
@@ -89,19 +143,13 @@ class Sequence:
         self.finish_reason = reason
         self.end_s = now_s
 
-    def output(self) -> RequestOutput:
-        """The finished request as its caller sees it."""
+    def completion(self) -> Completion:
+        """The finished answer as its caller sees it."""
         assert self.finish_reason is not None
-        return RequestOutput(
-            index=self.index,
-            prompt=self.prompt,
+        return Completion(
             text=self.text.text,
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
-            metrics=make_metrics(
-                prompt_tokens=len(self.prompt_ids),
-                arrival_s=self.arrival_s,
-                token_times_s=self.token_times_s,
-                end_s=self.end_s,
-            ),
+            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            error=self.error,
         )

@@ -22,19 +22,21 @@ class TextStream:
     Args:
         decoder: the tokenizer's incremental decoder, fresh for this answer.
         stop: strings that end the answer.
+        include_stop: the stop string that ended it stays in the text.
     """
 
-    def __init__(self, decoder: PieceDecoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, decoder: PieceDecoder, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
         self.text = ""
         self._decoder = decoder
         self._stop = tuple(stop)
+        self._include_stop = include_stop
         self._longest = max((len(text) for text in self._stop), default=0)
         self._searched = 0
         self._taken = 0
         self._closed = False
 
     def push(self, token_id: int, *, may_stop: bool = True) -> bool:
-        """Add one token; return True when a stop string is complete (the text is then cut before it).
+        """Add one token; return True when a stop string is complete (the text is then cut before or after it).
 
         With `may_stop` False, what has arrived so far is never taken for a stop string, now or later.
         """
@@ -63,10 +65,12 @@ class TextStream:
         if not piece or not self._stop:
             return False
         begin = max(self._searched, len(self.text) - len(piece) - self._longest + 1, 0)
-        found = [place for place in (self.text.find(stop, begin) for stop in self._stop) if place >= 0]
+        found = [(place, stop) for stop in self._stop if (place := self.text.find(stop, begin)) >= 0]
         if not found:
             return False
-        self.text = self.text[: min(found)]
+        # Of two that begin at one place, the shorter was complete first.
+        place, stop = min(found, key=lambda match: (match[0], len(match[1])))
+        self.text = self.text[: place + len(stop) * self._include_stop]
         self._closed = True
         return True
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,19 @@ from burnish.engine.dtype_rule import pick_dtype
 from burnish.engine.outputs import EngineStats, RequestOutput, StreamEvent
 from burnish.engine.packing import weights_bytes
 from burnish.engine.prompts import Prompt, TextTokenizer
+from burnish.engine.request import Request
 from burnish.engine.requests import RequestFactory, context_length
 from burnish.engine.sampler import Sampler
 from burnish.engine.sampling import SamplingParams
 from burnish.engine.sequence import Sequence
+from burnish.engine.supported import require_supported
 from burnish.engine.tokenizer_folder import load_tokenizer
 from burnish.errors import CheckpointError, ConfigError, RequestError
 from burnish.models.checkpoint import read_config
 from burnish.models.loading import parse_dtype, resolve_model
+
+# All but what is not a matter of choosing tokens.
+SUPPORTED = frozenset(field.name for field in fields(SamplingParams)) - {"n", "prompt_logprobs"}
 
 OnToken = Callable[[Sequence], None]
 
@@ -104,11 +110,16 @@ class TransformersEngine:
         self, prompts: SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None = None
     ) -> Generator[RequestOutput, None, None]:
         """See `Engine.generate`; closing the iterator takes effect between two batches."""
-        return self._run_all(self._requests.make_all(prompts, params))
+        sequences = self._requests.make_all(prompts, params)
+        for sequence in sequences:
+            require_supported(sequence.params, SUPPORTED, engine=self.name)
+        return self._run_all(sequences)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamEvent, None, None]:
         """See `Engine.stream`. `generate` runs in a thread of its own meanwhile."""
-        return self._run_streaming(self._requests.make(prompt, params or SamplingParams(), index=0))
+        sequence = self._requests.make(prompt, params or SamplingParams(), index=0)
+        require_supported(sequence.params, SUPPORTED, engine=self.name)
+        return self._run_streaming(sequence)
 
     def warm_up(self) -> float:
         """Run a short prompt; returns seconds, also kept for `stats`."""
@@ -149,7 +160,7 @@ class TransformersEngine:
                 self._waiting = len(sequences) - begin - len(group)
                 self._run_batch(group, lambda _: None)
                 for sequence in group:
-                    yield sequence.output()
+                    yield Request(sequences=[sequence]).output()
         finally:
             self._waiting = 0
 
@@ -165,7 +176,7 @@ class TransformersEngine:
             piece = grown.text.take()
             if piece or grown.finished:
                 token_ids, shown = tuple(grown.token_ids[shown:]), len(grown.token_ids)
-                output = grown.output() if grown.finished else None
+                output = Request(sequences=[grown]).output() if grown.finished else None
                 events.put(StreamEvent(text=piece, token_ids=token_ids, output=output))
 
         def run() -> None:
@@ -204,7 +215,7 @@ class TransformersEngine:
             pad_token_id=0,
             return_dict_in_generate=True,
         )
-        processors = [] if all(_is_plain(one.params) for one in sequences) else [_ChooseLikeBurnish(sequences)]
+        processors = [] if all(one.params.plain_greedy for one in sequences) else [_ChooseLikeBurnish(sequences)]
         self._running = len(sequences)
         try:
             with torch.inference_mode():
@@ -245,11 +256,16 @@ class _ChooseLikeBurnish:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows = [row for row, sequence in enumerate(self.sequences) if not sequence.finished]
-        chosen = self.sampler.sample(scores[rows].clone(), [self.sequences[row] for row in rows])
+        sampled = self.sampler.sample(scores[rows].clone(), [self.sequences[row] for row in rows])
+        for row, one in zip(rows, sampled):
+            if one.failure is not None:
+                raise one.failure
+            if one.logprob is not None:
+                self.sequences[row].logprobs.append(one.logprob)
         forced = torch.full_like(scores, float("-inf"))
         forced[:, 0] = 0.0
         forced[rows] = float("-inf")
-        forced[rows, chosen] = 0.0
+        forced[rows, [one.token_id for one in sampled]] = 0.0
         return forced
 
 
@@ -280,10 +296,6 @@ def _load(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot load {folder}: {reason}") from error
     return model.to(device).eval()
-
-
-def _is_plain(params: SamplingParams) -> bool:
-    return params.greedy and params.repetition_penalty == 1.0 and params.min_tokens == 0
 
 
 def _ids(value: object) -> tuple[int, ...]:

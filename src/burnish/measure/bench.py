@@ -113,6 +113,8 @@ class BenchResult:
     """Least and most over repeats of `wall_s` and of both rates."""
     hardware: dict[str, Any]
     versions: dict[str, str]
+    optimised: dict[str, Any] | None
+    """What loading did to the weights, where the engine tells: see `compress.optimise.OptimiseReport`."""
     runs: tuple[Repeat, ...] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def run_bench(
             runs.append(session.run_once())
             _report(on_progress, warmup + done + 1, warmup + repeats)
     return _result(
-        engine.stats(),
+        engine,
         workload,
         runs,
         meter,
@@ -240,7 +242,7 @@ def _report(on_progress: Callable[[int, int], None] | None, done: int, total: in
 
 
 def _result(
-    stats: EngineStats,
+    engine: BenchableEngine,
     workload: Workload,
     runs: Sequence[Repeat],
     meter: MemoryMeter,
@@ -250,6 +252,8 @@ def _result(
     warmed_s: float,
     baseline_bytes: int | None,
 ) -> BenchResult:
+    stats = engine.stats()
+    optimised = getattr(engine, "optimised", None)
     figures = {
         "wall_s": [run.wall_s for run in runs],
         "total_tokens_per_s": [run.total_tokens_per_s for run in runs],
@@ -286,6 +290,7 @@ def _result(
         spread={name: (min(values), max(values)) for name, values in figures.items()},
         hardware=hardware_record(),
         versions=version_record(),
+        optimised=None if optimised is None else optimised.to_dict(),
         runs=tuple(runs),
     )
 
@@ -352,7 +357,7 @@ def run_versus(
             _report(on_progress, 2 * turn + side + 1, total)
     results = [
         _result(
-            session.engine.stats(),
+            session.engine,
             workload,
             runs[side],
             meters[side].highest,

@@ -149,17 +149,22 @@ class Block(nn.Module):
         return (normed_BTD if self.residual_from_norm else x_BTD) + out_BTD
 
 
+def _embedding(rows: int, width: int, device: torch.device | None, dtype: torch.dtype | None) -> nn.Embedding:
+    if device is None or device.type != "meta":
+        return nn.Embedding(rows, width, device=device, dtype=dtype)
+    # nn.Embedding draws its weight, for which torch on the meta device first imports its compiler: most of a second.
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width, device=device, dtype=dtype))
+
+
 class Trunk(nn.Module):
     """Everything below the output layer, under the canonical prefix `model`."""
 
     def __init__(self, config: ModelConfig, *, device: torch.device | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, hidden, device=device, dtype=dtype)
+        self.embed_tokens = _embedding(config.vocab_size, hidden, device, dtype)
         self.embed_positions = (
-            nn.Embedding(config.max_position_embeddings, hidden, device=device, dtype=dtype)
-            if config.position == "learned"
-            else None
+            _embedding(config.max_position_embeddings, hidden, device, dtype) if config.position == "learned" else None
         )
         self.embed_norm = _norm(config, hidden, device, dtype) if config.embedding_norm else None
         self.layers = nn.ModuleList(
@@ -206,6 +211,11 @@ class Decoder(nn.Module):
         """The embeddings' dtype, in which activations are computed."""
         return self.model.embed_tokens.weight.dtype
 
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether rotations depend on the length of the sequence; see `Rope.table`."""
+        return self._ropes is not None and any(rope.needs_length for rope in self._ropes)
+
     def initialize(self, *, std: float = 0.02, seed: int = 0) -> Decoder:
         """Draw every weight anew, in place: normal linears and embeddings, neutral norms, zero biases.
 
@@ -242,9 +252,18 @@ class Decoder(nn.Module):
         return self.logits(self.hidden(tokens_BT, positions_BT=positions_BT, attention=attention))
 
     def hidden(
-        self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, attention: Attention | None = None
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        attention: Attention | None = None,
+        lengths_BT: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, (B, T, D); arguments as in `forward`."""
+        """Hidden states after the final norm, (B, T, D); arguments as in `forward`.
+
+        Args:
+            lengths_BT: see `Rope.table`; needed where tokens of several sequences share a row.
+        """
         trunk = self.model
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
@@ -260,7 +279,7 @@ class Decoder(nn.Module):
         checkpointed = self.gradient_checkpointing and self.training and attention is None and torch.is_grad_enabled()
         if attention is None:
             attention = FullCausal()
-        tables = self._rope_tables(positions_BT, x_BTD.dtype)
+        tables = self._rope_tables(positions_BT, x_BTD.dtype, lengths_BT)
         for layer, block in enumerate(trunk.layers):
             rope = None if tables is None else tables[self.config.window(layer) is not None]
             if checkpointed:
@@ -276,9 +295,11 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _rope_tables(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[RopeTable, RopeTable] | None:
+    def _rope_tables(
+        self, positions_BT: Tensor, dtype: torch.dtype, lengths_BT: Tensor | None
+    ) -> tuple[RopeTable, RopeTable] | None:
         if self._ropes is None:
             return None
         main, local = self._ropes
-        table = main.table(positions_BT, dtype=dtype)
-        return table, table if local is main else local.table(positions_BT, dtype=dtype)
+        table = main.table(positions_BT, dtype=dtype, lengths_BT=lengths_BT)
+        return table, table if local is main else local.table(positions_BT, dtype=dtype, lengths_BT=lengths_BT)

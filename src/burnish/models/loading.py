@@ -6,7 +6,7 @@ the peak stays near the size of the loaded model: one fused tensor more at most.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from burnish.models.families.registry import family_named
 from burnish.models.hf_config import config_of, load_config, read_config
 from burnish.models.resolve import resolve_model
 from burnish.models.saving import copy_companions, pending_tensors, save_decoder, some_names, write_config
-from burnish.models.weight_map import Placement, WeightMap, out_dim
+from burnish.models.weight_map import Placement, out_dim
 
 __all__ = [
     "config_of",
@@ -63,17 +63,28 @@ def load_decoder(
         CheckpointError: the folder is corrupt, keys are missing or left over, or shapes differ; names file and key.
     """
     folder = resolve_model(model, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    decoder, reader, hf_config = open_checkpoint(folder, dtype=dtype, allow_pickle=allow_pickle)
+    if prepare is not None:
+        prepare(decoder, hf_config)
+    fill_decoder(decoder, reader, device=torch.device(device))
+    return decoder.eval()
+
+
+def open_checkpoint(
+    folder: Path, *, dtype: str | torch.dtype = "auto", allow_pickle: bool = False
+) -> tuple[Decoder, TensorReader, dict[str, Any]]:
+    """A folder's decoder on the meta device, dense and unfilled, the reader of its weights and its config.json.
+
+    Raises:
+        CheckpointError: the folder is corrupt.
+    """
     hf_config = read_config(folder)
     config = config_of(hf_config)
     reader = TensorReader(folder, allow_pickle=allow_pickle)
     if config.tie_word_embeddings and _has_own_output_layer(config, reader):
         config = replace(config, tie_word_embeddings=False)
     wanted = parse_dtype(dtype, hf_config) or _common_dtype(reader)
-    decoder = Decoder(config, device="meta", dtype=wanted)
-    if prepare is not None:
-        prepare(decoder, hf_config)
-    fill_decoder(decoder, reader, device=torch.device(device))
-    return decoder.eval()
+    return Decoder(config, device="meta", dtype=wanted).eval(), reader, hf_config
 
 
 def _has_own_output_layer(config: ModelConfig, reader: TensorReader) -> bool:
@@ -89,23 +100,34 @@ def _has_own_output_layer(config: ModelConfig, reader: TensorReader) -> bool:
 
 def fill_decoder(decoder: Decoder, reader: TensorReader, *, device: torch.device) -> None:
     """Materialise a decoder built on meta from a folder's weights, in place; raises as `load_decoder`."""
-    weight_map = family_named(decoder.config.family).weight_map(decoder.config)
-    expected = decoder.state_dict()
-    plan = _plan_reads(decoder, weight_map, reader, expected)
-    for name in list(expected):
-        _materialise(decoder, name, device)
-    filled = decoder.state_dict()
-    # One buffer for all fused tensors: freed ones of many sizes would stay with the process as holes in its heap.
-    num_bytes = max((reader.info(name).num_bytes for name in plan if not _is_direct(plan[name])), default=0)
-    scratch = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    plan = plan_reads(decoder, reader)
+    for name in list(decoder.state_dict()):
+        materialise(decoder, name, device)
+    read_all(reader, plan, decoder.state_dict())
+
+
+def read_all(reader: TensorReader, plan: Mapping[str, Placement], filled: Mapping[str, Tensor]) -> None:
+    """Read the tensors of `plan` into those of `filled`, which has memory for all their targets."""
+    scratch = scratch_for(reader, [name for name in plan if not _is_direct(plan[name])])
     with torch.no_grad():
         for hf_name, placement in plan.items():
             _read(reader, hf_name, placement, [filled[target] for target in placement.targets], scratch)
 
 
-def _plan_reads(
-    decoder: Decoder, weight_map: WeightMap, reader: TensorReader, expected: dict[str, Tensor]
-) -> dict[str, Placement]:
+def scratch_for(reader: TensorReader, names: Sequence[str]) -> Tensor:
+    """One buffer for all these tensors: freed ones of many sizes would stay with the process as holes in its heap."""
+    num_bytes = max((reader.info(name).num_bytes for name in names), default=0)
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+
+
+def plan_reads(decoder: Decoder, reader: TensorReader) -> dict[str, Placement]:
+    """Where each tensor of the files goes in the decoder, in the files' order; checks names and shapes.
+
+    Raises:
+        CheckpointError: keys are missing or left over, or shapes differ; names file and key.
+    """
+    weight_map = family_named(decoder.config.family).weight_map(decoder.config)
+    expected = decoder.state_dict()
     plan: dict[str, Placement] = {}
     left_over: list[str] = []
     filled_by: dict[str, str] = {}
@@ -161,11 +183,28 @@ def _read(reader: TensorReader, hf_name: str, placement: Placement, targets: lis
         placement.rows.split_into(fused, targets, dim=dim, name=hf_name)
 
 
+def read_parts(reader: TensorReader, hf_name: str, placement: Placement, scratch: Tensor) -> dict[str, Tensor]:
+    """The canonical tensors that one tensor of the files holds, by name, in the file's dtype.
+
+    They are views of `scratch` where the layout allows, and copies otherwise: use them before the next call.
+    """
+    info = reader.info(hf_name)
+    fused = scratch[: info.num_bytes].view(info.dtype).view(info.shape)
+    reader.read_into(hf_name, fused)
+    if placement.transposed:
+        fused = fused.t()
+    dim = out_dim(placement.suffix)
+    if placement.rows is None or dim is None:
+        return dict.fromkeys(placement.targets, fused)
+    return dict(zip(placement.targets, placement.rows.split(fused, dim=dim, name=hf_name)))
+
+
 def _is_direct(placement: Placement) -> bool:
     return placement.rows is None and not placement.transposed
 
 
-def _materialise(decoder: nn.Module, name: str, device: torch.device) -> None:
+def materialise(decoder: nn.Module, name: str, device: torch.device) -> None:
+    """Give a parameter or buffer that is on the meta device memory, in place; its values are anything."""
     parent, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(parent)
     if leaf in module._parameters:

@@ -61,11 +61,22 @@ class Rope:
         if not self.needs_length:
             self._cache[torch.device("cpu"), 0] = self.frequencies()
 
-    def table(self, positions_BT: Tensor, *, dtype: torch.dtype) -> RopeTable:
-        """cos and sin for these positions, computed in float32 and rounded to `dtype` once."""
-        length = int(positions_BT.max()) + 1 if self.needs_length else 0
-        frequencies_F, factor = self._frequencies_on(positions_BT.device, length)
-        angles = (positions_BT[..., None].float() * frequencies_F)[..., None, :]
+    def table(self, positions_BT: Tensor, *, dtype: torch.dtype, lengths_BT: Tensor | None = None) -> RopeTable:
+        """cos and sin for these positions, computed in float32 and rounded to `dtype` once.
+
+        Args:
+            lengths_BT: tokens of the sequence that each position is rotated in, for the rules that look at it; one
+                more than the largest position of all when None.
+        """
+        if self.needs_length and lengths_BT is not None:
+            lengths, which_BT = lengths_BT.unique(return_inverse=True)
+            pairs = [self._frequencies_on(positions_BT.device, length) for length in lengths.tolist()]
+            frequencies = torch.stack([frequencies_F for frequencies_F, _ in pairs])[which_BT]
+            factor = torch.tensor([factor for _, factor in pairs], device=which_BT.device)[which_BT][..., None, None]
+        else:
+            length = int(positions_BT.max()) + 1 if self.needs_length else 0
+            frequencies, factor = self._frequencies_on(positions_BT.device, length)
+        angles = (positions_BT[..., None].float() * frequencies)[..., None, :]
         return RopeTable((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype), self.interleaved)
 
     def _frequencies_on(self, device: torch.device, length: int) -> tuple[Tensor, float]:

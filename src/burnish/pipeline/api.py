@@ -9,7 +9,7 @@ from burnish.engine.outputs import EngineStats, RequestOutput, StreamEvent
 from burnish.engine.prompts import Prompt
 from burnish.engine.sampling import SamplingParams
 from burnish.models.decoder import Decoder
-from burnish.pipeline.opening import Source, open_decoder, open_engine
+from burnish.pipeline.opening import EngineOptions, Source, open_decoder, open_engine
 
 
 def load(
@@ -39,8 +39,14 @@ class Engine:
     """Generates with a model: continuous batching over a KV cache.
 
     Args:
-        model: folder, bundled name, hub id, or an adapter's folder.
-        engine: "native" or "transformers".
+        model: folder, bundled name, hub id, or an adapter's folder; for "ctranslate2" a folder of its converter's.
+        engine: "native", "transformers", "ctranslate2" or "openai:URL"; those that are not native refuse the options
+            that they cannot honour.
+        quantize: "int8" or "int4" weights of a dense checkpoint, made while it is read and kept on disk for the next
+            time; "auto" is int8 on CPUs where it is measured to be good enough; "none" leaves the weights as they are.
+        memory: most memory of the process (on a GPU: of the card), as "4GiB" or bytes.
+        kv_memory: memory of the KV cache alone.
+        kv_dtype: of the KV cache: "auto" (the model's), "float32", "bfloat16", "float16" or "int8".
         dtype: "auto" by size and hardware, or a name.
         threads: CPU threads; all cores when None.
         max_num_seqs: most prompts that run at once.
@@ -55,6 +61,10 @@ class Engine:
         model: str,
         *,
         engine: str = "native",
+        quantize: str = "none",
+        memory: str | int | None = None,
+        kv_memory: str | int | None = None,
+        kv_dtype: str | None = None,
         dtype: str = "auto",
         device: str = "cpu",
         threads: int | None = None,
@@ -76,7 +86,9 @@ class Engine:
             engine=engine,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
-            kv_cache=kv_cache,
+            options=EngineOptions(
+                quantize=quantize, memory=memory, kv_memory=kv_memory, kv_dtype=kv_dtype, kv_cache=kv_cache
+            ),
         )
 
     def generate(

@@ -16,7 +16,7 @@ from burnish.measure.evaluate import SqlScore, TextScore, evaluate_sql, evaluate
 from burnish.measure.perplexity import perplexity
 from burnish.pipeline.examples import DataConfig, prepare, read_data
 from burnish.pipeline.manifest import GOLDEN_TEXT
-from burnish.pipeline.opening import Opened, Source, data_of, engine_of, open_decoder
+from burnish.pipeline.opening import Opened, Source, data_of, engine_of, open_decoder, quantize_of
 from burnish.pipeline.progress import Progress, silent
 from burnish.pipeline.text_rows import read_texts
 
@@ -50,6 +50,7 @@ class EvalRecord:
     by_kind: dict[str, dict[str, Any]] | None = None
     answers: list[dict[str, Any]] | None = None
     num_bad_rows: int = 0
+    quantize: str = "none"
 
 
 def evaluate(
@@ -60,6 +61,8 @@ def evaluate(
     against: str | None = None,
     adapter: str | None = None,
     max_tokens: int = 128,
+    quantize: str = "none",
+    weights_cache: bool = True,
     source: Source | None = None,
     progress: Progress = silent,
 ) -> EvalRecord:
@@ -73,6 +76,7 @@ def evaluate(
         against: the parent, for KL and greedy agreement on the same rows.
         adapter: an adapter to put on the model.
         max_tokens: of one answer.
+        quantize, weights_cache: of the model, as in `EngineOptions`; the parent runs as it is.
 
     Raises:
         ConfigError, CheckpointError, DataError: bad input.
@@ -84,7 +88,7 @@ def evaluate(
         if task == "bleu":
             raise ConfigError("bleu needs rows with reference answers", remedy="Give them with --data.")
         data = DataConfig(source="text-to-sql:test:300")
-    opened = open_decoder(model, source, adapter=adapter)
+    opened = open_decoder(model, source, adapter=adapter, quantize=quantize, weights_cache=weights_cache)
     if task == "perplexity":
         return _evaluate_perplexity(opened, data, against, source)
     rows = read_data(data)
@@ -108,7 +112,15 @@ def evaluate(
     record |= {"num_rows": score.num_rows, "exact_match": score.exact_match, "seconds": score.seconds}
     if against is not None:
         record |= _beside(opened, against, data, template.name, source)
-    return EvalRecord(task=task, model=model, data=data.source, template=template.name, against=against, **record)
+    return EvalRecord(
+        task=task,
+        model=model,
+        data=data.source,
+        template=template.name,
+        against=against,
+        quantize=quantize_of(opened),
+        **record,
+    )
 
 
 def template_for(opened: Opened, data: DataConfig, rows: Any) -> Template:
@@ -216,5 +228,6 @@ def _evaluate_perplexity(opened: Opened, data: DataConfig, against: str | None, 
         template=template,
         metric="perplexity",
         against=against,
+        quantize=quantize_of(opened),
         **figures,
     )

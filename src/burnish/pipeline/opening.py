@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from burnish.compress.loading import load_model
+from burnish.compress.optimise import OptimiseReport, check_quantize, load_optimised
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.dtype_rule import pick_dtype
 from burnish.engine.native import NativeEngine
@@ -51,11 +52,37 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What an engine may use, and how it is to work.
+
+    Attributes:
+        quantize: "none", "int8", "int4" or "auto": the linears of a dense checkpoint, while it is read.
+        weights_cache: keep quantized weights on disk for the next time.
+        memory: most memory of the process (on a GPU: of the card), as "4GiB" or bytes.
+        kv_memory: memory of the KV cache alone.
+        kv_dtype: of the KV cache: "auto", "float32", "bfloat16", "float16" or "int8".
+        max_batch_tokens: tokens computed in one step.
+        kv_cache: False recomputes every token, to show what the cache is worth.
+    """
+
+    quantize: str = "none"
+    weights_cache: bool = True
+    memory: str | int | None = None
+    kv_memory: str | int | None = None
+    kv_dtype: str | None = None
+    max_batch_tokens: int | None = None
+    kv_cache: bool = True
+
+    def __post_init__(self) -> None:
+        check_quantize(self.quantize)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Opened:
     """A model in memory, ready to train, compare or serve.
 
     `folder` holds the weights and the tokenizer, `name` is what the user called it, `adapter` is the folder of the
-    adapter on it.
+    adapter on it, `optimised` is what loading did to the weights.
     """
 
     decoder: Decoder
@@ -63,6 +90,7 @@ class Opened:
     folder: Path
     name: str
     adapter: Path | None = None
+    optimised: OptimiseReport | None = None
 
     def as_input(self) -> dict[str, object]:
         """For a manifest."""
@@ -97,13 +125,22 @@ def base_of_adapter(adapter: Path, model: str | None) -> str:
     return str(base)
 
 
-def open_decoder(model: str, source: Source, *, adapter: str | None = None, base: str | None = None) -> Opened:
+def open_decoder(
+    model: str,
+    source: Source,
+    *,
+    adapter: str | None = None,
+    base: str | None = None,
+    quantize: str = "none",
+    weights_cache: bool = True,
+) -> Opened:
     """Load a model; an adapter's folder stands for its base with the adapter on it.
 
     Args:
         model: folder, bundled name or hub id; or an adapter's folder.
         adapter: an adapter to put on the model.
         base: the base of the adapter that `model` names, where it is not the recorded one.
+        quantize, weights_cache: as in `EngineOptions`.
 
     Raises:
         CheckpointError, ConfigError: what is named is not there, is corrupt, or does not fit together.
@@ -123,7 +160,15 @@ def open_decoder(model: str, source: Source, *, adapter: str | None = None, base
         stored=parse_dtype("auto", hf_config),
         device=device,
     )
-    decoder = load_model(folder, dtype=dtype, device=device, allow_pickle=source.allow_pickle)
+    loaded = load_optimised(
+        folder,
+        quantize=quantize,
+        dtype=dtype,
+        device=device,
+        cache=weights_cache,
+        allow_pickle=source.allow_pickle,
+    )
+    decoder = loaded.decoder
     if adapter is not None:
         load_adapter(decoder, Path(adapter))
     return Opened(
@@ -132,6 +177,7 @@ def open_decoder(model: str, source: Source, *, adapter: str | None = None, base
         folder=folder,
         name=model,
         adapter=None if adapter is None else Path(adapter),
+        optimised=loaded.report,
     )
 
 
@@ -143,13 +189,14 @@ def open_engine(
     engine: str = "native",
     max_num_seqs: int = 32,
     max_model_len: int | None = None,
-    kv_cache: bool = True,
+    options: EngineOptions | None = None,
 ) -> Engine:
     """An engine for a model, with an adapter on it if one is given or named.
 
     Raises:
-        ConfigError: an adapter with an engine other than the native one.
+        ConfigError: an adapter with an engine other than the native one, or an option that the engine cannot honour.
     """
+    options = options or EngineOptions()
     if adapter is None and not is_adapter_folder(model):
         return make_engine(
             model,
@@ -162,7 +209,7 @@ def open_engine(
             allow_pickle=source.allow_pickle,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
-            kv_cache=kv_cache,
+            **asdict(options),
         )
     if engine != "native":
         raise ConfigError(
@@ -170,8 +217,10 @@ def open_engine(
             got=engine,
             remedy="Merge it first: burnish merge ADAPTER --out DIR",
         )
-    opened = open_decoder(model, source, adapter=adapter)
-    return engine_of(opened, max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_cache=kv_cache)
+    opened = open_decoder(
+        model, source, adapter=adapter, quantize=options.quantize, weights_cache=options.weights_cache
+    )
+    return engine_of(opened, max_num_seqs=max_num_seqs, max_model_len=max_model_len, options=options)
 
 
 def engine_of(
@@ -179,19 +228,37 @@ def engine_of(
     *,
     max_num_seqs: int = 32,
     max_model_len: int | None = None,
-    kv_cache: bool = True,
+    options: EngineOptions | None = None,
     optimise: bool = False,
 ) -> NativeEngine:
-    """The native engine over a decoder that is in memory already; `optimise` lays out its linears, in place."""
-    return NativeEngine(
+    """The native engine over a decoder that is in memory already; `optimise` lays out its linears, in place.
+
+    Of the options, those of loading have been honoured by `open_decoder`.
+    """
+    options = options or EngineOptions()
+    asked: dict[str, Any] = (
+        {"max_batch_tokens": options.max_batch_tokens} if options.max_batch_tokens is not None else {}
+    )
+    engine = NativeEngine(
         opened.decoder,
         tokenizer=opened.tokenizer,
         device=opened.decoder.device,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
-        kv_cache=kv_cache,
+        memory=options.memory,
+        kv_memory=options.kv_memory,
+        kv_dtype=options.kv_dtype,
+        kv_cache=options.kv_cache,
         optimise=optimise,
+        **asked,
     )
+    engine.optimised = opened.optimised
+    return engine
+
+
+def quantize_of(opened: Opened) -> str:
+    """What loading did to the weights: "none", "int8" or "int4"."""
+    return "none" if opened.optimised is None else opened.optimised.quantize
 
 
 def check_output(out: str | Path, *, overwrite: bool) -> Path:
@@ -220,8 +287,13 @@ def check_output(out: str | Path, *, overwrite: bool) -> Path:
 
 def data_of(opened: Opened) -> dict[str, object] | None:
     """What the manifest of the model (or of its adapter) says it was trained on."""
-    for folder in (opened.adapter, opened.folder):
-        manifest = read_manifest(folder) if folder is not None else None
+    return recorded_data(*[folder for folder in (opened.adapter, opened.folder) if folder is not None])
+
+
+def recorded_data(*folders: Path) -> dict[str, object] | None:
+    """The data that the first of these folders to name some was trained on, by its manifest."""
+    for folder in folders:
+        manifest = read_manifest(folder)
         if manifest and isinstance(manifest.get("data"), dict):
             return manifest["data"]
     return None

@@ -22,12 +22,16 @@ MIN_TORCH = (2, 6)
 EXTRAS = {
     "hf": ("transformers",),
     "data": ("datasets", "pyarrow"),
+    "constrained": ("llguidance",),
+    "ct2": ("ctranslate2",),
     "dev": ("pytest", "hypothesis", "ruff", "sentencepiece"),
 }
 # Engine -> (module it needs, extra that brings the module); None for what is always there.
 ENGINES: dict[str, tuple[str, str] | None] = {
     "native": None,
     "transformers": ("transformers", "hf"),
+    "ctranslate2": ("ctranslate2", "ct2"),
+    "openai:URL": None,
 }
 
 
@@ -106,9 +110,9 @@ def _hardware() -> Iterator[Check]:
         group="hardware",
         name="C++ compiler",
         status="ok" if compiler else "missing",
-        detail=compiler or "none: plain torch code runs instead of compiled kernels",
-        remedy=None if compiler else "Install g++ or clang++ for faster kernels.",
+        detail=compiler or "none: it is needed only to build the CPU kernels",
     )
+    yield _cpu_kernels(has_compiler=compiler is not None)
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads is not None and threads.isdigit() and int(threads) != found.cores:
         yield Check(
@@ -118,6 +122,24 @@ def _hardware() -> Iterator[Check]:
             detail=f"{threads}, with {found.cores} usable cores",
             remedy="Unset it, or give --threads.",
         )
+
+
+def _cpu_kernels(*, has_compiler: bool) -> Check:
+    from burnish.kernels.cpu.library import describe
+
+    found = describe()
+    isa = found["isa"]
+    if isa is None:
+        reason = found["reason"] or "they were not built"
+        remedy = "Install burnish again." if has_compiler else "Install g++ or clang++, then install burnish again."
+        return Check(
+            group="hardware",
+            name="CPU kernels",
+            status="missing",
+            detail=f"none, plain torch code runs instead, and is slower: {reason}",
+            remedy=None if found["compiled"] else remedy,
+        )
+    return Check(group="hardware", name="CPU kernels", status="ok", detail=f"{isa}, compiled at {found['path']}")
 
 
 def _packages() -> Iterator[Check]:

@@ -1,0 +1,256 @@
+// Intel's matrix tiles (AMX) for products of more rows than a few; the rest as with AVX-512.
+//
+// A tile is 16 rows of 64 bytes. Weights are packed so that 16 rows of a panel are one tile as they stand. Four tiles
+// hold a block of 32 rows by 32 features; two hold activations, two hold weights. The int4 formats are widened a pair
+// of panels at a time to int8 with one scale per feature: the rounding that adds is small beside int4's own.
+#include "kernels.h"
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "lanes.h"
+
+namespace burnish {
+namespace amx {
+
+#include "micro_avx512.h"
+#include "portable.inl"
+
+constexpr int kTileRows = 16, kTileBytes = 64, kBlock = 32;
+// Below this many rows the vector units keep up with memory.
+constexpr int kFewestRows = 5;
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Others in this process use the tiles too (torch's oneDNN): their configuration is put back.
+class Tiles {
+ public:
+  Tiles() {
+    static const TileConfig ours;
+    __asm__ volatile("sttilecfg %0" : "=m"(before_));
+    configure(ours);
+  }
+  ~Tiles() {
+    if (before_.palette == 0) {
+      _tile_release();
+    } else {
+      configure(before_);
+    }
+  }
+
+ private:
+  // The compilers' own intrinsic tells them of 8 of the 64 bytes it reads, so that they may drop the others.
+  static void configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+
+  TileConfig before_;
+};
+
+// How many steps before its use a tile of weights is asked for.
+#ifndef AHEAD
+#define AHEAD 4
+#endif
+constexpr int kStepsAhead = AHEAD;
+constexpr size_t kTileSize = kTileRows * kTileBytes;
+
+BURNISH_INLINE void prefetch_tile(const char* tile) {
+  // Hidden from the compiler, which would otherwise keep the address of every line in a register.
+  __asm__("" : "+r"(tile));
+  BURNISH_UNROLL
+  for (size_t line = 0; line < kTileSize; line += kTileBytes) _mm_prefetch(tile + line, _MM_HINT_T0);
+}
+
+// One step of K: two tiles of weights times one or two of activations.
+template <bool Floats, bool Two>
+BURNISH_INLINE void multiply_step(const char* upper, const char* lower, size_t a_stride, const char* left,
+                                  const char* right) {
+  _tile_loadd(4, upper, a_stride);
+  _tile_loadd(6, left, kTileBytes);
+  _tile_loadd(7, right, kTileBytes);
+  if (Two) _tile_loadd(5, lower, a_stride);
+  if (Floats) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (Two) _tile_dpbf16ps(2, 5, 6);
+    if (Two) _tile_dpbf16ps(3, 5, 7);
+  } else {
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    if (Two) _tile_dpbsud(2, 5, 6);
+    if (Two) _tile_dpbsud(3, 5, 7);
+  }
+}
+
+// acc: [32][32] int32 or float. a: one or two tiles' rows, `a_stride` bytes apart. b: two panels, `panel_bytes` apart:
+// two streams are quicker than one. Weights that come from memory (`cold`) are asked for ahead.
+template <bool Floats, bool Two>
+static inline void multiply(const char* a, size_t a_stride, const char* b, size_t panel_bytes, int steps, bool cold,
+                            void* acc) {
+  const char* lower = a + kTileRows * a_stride;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int step = 0; step < steps; ++step) {
+    const char* left = b + step * kTileSize;
+    const char* right = left + panel_bytes;
+    if (cold) {
+      // Past the left panel's end stands the right one; past the right one's, the next pair.
+      prefetch_tile(left + (step + kStepsAhead < steps ? 0 : panel_bytes) + kStepsAhead * kTileSize);
+      prefetch_tile(right + (step + kStepsAhead < steps ? 0 : panel_bytes) + kStepsAhead * kTileSize);
+    }
+    multiply_step<Floats, Two>(a + step * kTileBytes, lower + step * kTileBytes, a_stride, left, right);
+  }
+  char* out = static_cast<char*>(acc);
+  _tile_stored(0, out, kBlock * 4);
+  _tile_stored(1, out + 64, kBlock * 4);
+  if (Two) {
+    _tile_stored(2, out + kTileRows * kBlock * 4, kBlock * 4);
+    _tile_stored(3, out + kTileRows * kBlock * 4 + 64, kBlock * 4);
+  }
+}
+
+template <bool Floats>
+static inline void multiply_rows(int rows, const char* a, size_t a_stride, const char* b, size_t panel_bytes, int steps,
+                                 bool cold, void* acc) {
+  if (rows > kTileRows) {
+    multiply<Floats, true>(a, a_stride, b, panel_bytes, steps, cold, acc);
+  } else {
+    multiply<Floats, false>(a, a_stride, b, panel_bytes, steps, cold, acc);
+  }
+}
+
+static void finish_block_int(const Linear& linear, const float* scale, Rows x, int row, int rows, int panel,
+                             const int32_t* acc, const Output& output) {
+  const F16 left = load(scale + panel * kLanes), right = load(scale + (panel + 1) * kLanes);
+  for (int r = 0; r < rows; ++r) {
+    const float factor = x.scale[row + r];
+    I16 a, b;
+    std::memcpy(&a, acc + r * kBlock, 64);
+    std::memcpy(&b, acc + r * kBlock + kLanes, 64);
+    int32_t sum = 0;
+    for (int group = 0; group < linear.num_groups; ++group) sum += x.sums[(row + r) * linear.num_groups + group];
+    a -= 128 * sum;
+    b -= 128 * sum;
+    F16 y[2] = {__builtin_convertvector(a, F16) * (left * factor), __builtin_convertvector(b, F16) * (right * factor)};
+    finish_row<2>(linear, output, row + r, panel, y);
+  }
+}
+
+static void finish_block_float(const Linear& linear, int row, int rows, int panel, const float* acc,
+                               const Output& output) {
+  for (int r = 0; r < rows; ++r) {
+    F16 y[2] = {load(acc + r * kBlock), load(acc + r * kBlock + kLanes)};
+    finish_row<2>(linear, output, row + r, panel, y);
+  }
+}
+
+// One panel's share of a pair: grouped weights as bytes w8 + 128 with w8 * requant_scale close to (w - zero) * scale.
+static void widen_panel(const Linear& linear, int panel, uint8_t* to) {
+  const bool nibbles = linear.format == kInt4;
+  const size_t panel_bytes = static_cast<size_t>(linear.k_padded) * kLanes / (nibbles ? 2 : 1);
+  const uint8_t* from = static_cast<const uint8_t*>(linear.weight) +
+                        panel * panel_bytes;
+  const F16 whole = load(linear.requant_scale + panel * kLanes);
+  const __m512 inverse = (__m512)select(whole > 0.0f, 1.0f / whole, F16{});
+  const __m512i low_bytes = _mm512_set1_epi32(255);
+  for (int group = 0; group < linear.num_groups; ++group) {
+    const int begin = group * linear.group;
+    const int end = begin + linear.group < linear.k_padded ? begin + linear.group : linear.k_padded;
+    const size_t at = (static_cast<size_t>(panel) * linear.num_groups + group) * kLanes;
+    const __m512 ratio = (__m512)load_half(linear.group_scale + at) * inverse;
+    const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(linear.group_zero + at)));
+    for (int k = begin; k < end; k += 4) {
+      __m512i bytes;
+      if (nibbles) {
+        bytes = _mm512_loadu_si512(from + static_cast<size_t>(k / 8) * 64);
+        if (k & 4) bytes = _mm512_srli_epi16(bytes, 4);
+        bytes = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+      } else {
+        bytes = _mm512_loadu_si512(from + static_cast<size_t>(k) * kLanes);
+      }
+      __m512i joined = _mm512_setzero_si512();
+      for (int i = 0; i < 4; ++i) {
+        const __m512i w = _mm512_and_si512(_mm512_srli_epi32(bytes, 8 * i), low_bytes);
+        const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(w, zero)), ratio);
+        const __m512i w8 = _mm512_add_epi32(_mm512_cvtps_epi32(y), _mm512_set1_epi32(128));
+        joined = _mm512_or_si512(joined, _mm512_slli_epi32(_mm512_and_si512(w8, low_bytes), 8 * i));
+      }
+      _mm512_storeu_si512(to + static_cast<size_t>(k) * kLanes, joined);
+    }
+  }
+}
+
+static void linear_tiles(const Linear& linear, Rows x, int rows, int first_panel, int last_panel, const Output& output,
+                         Scratch scratch) {
+  if (rows < kFewestRows || linear.format == kF32) {
+    return linear_rows(linear, x, rows, first_panel, last_panel, output, scratch);
+  }
+  const bool floats = linear.format == kBf16, grouped = linear.format == kInt4 || linear.format == kInt8G;
+  const size_t item = floats ? 2 : 1;
+  const size_t a_stride = linear.k_padded * item, panel_bytes = static_cast<size_t>(linear.k_padded) * kLanes * item;
+  const int steps = static_cast<int>(a_stride / kTileBytes);
+  alignas(64) int32_t acc[kBlock * kBlock];
+  for (int panel = first_panel; panel < last_panel; panel += 2) {
+    const char* b = static_cast<const char*>(linear.weight) + panel * panel_bytes;
+    if (grouped) {
+      widen_panel(linear, panel, reinterpret_cast<uint8_t*>(scratch.data));
+      widen_panel(linear, panel + 1, reinterpret_cast<uint8_t*>(scratch.data) + panel_bytes);
+      b = scratch.data;
+    }
+    for (int row = 0; row < rows; row += kBlock) {
+      const bool cold = row == 0 && !grouped;
+      const int count = rows - row < kBlock ? rows - row : kBlock;
+      const char* a = static_cast<const char*>(x.data) + row * a_stride;
+      if (floats) {
+        multiply_rows<true>(count, a, a_stride, b, panel_bytes, steps, cold, acc);
+        finish_block_float(linear, row, count, panel, reinterpret_cast<const float*>(acc), output);
+      } else {
+        multiply_rows<false>(count, a, a_stride, b, panel_bytes, steps, cold, acc);
+        finish_block_int(linear, grouped ? linear.requant_scale : linear.scale, x, row, count, panel, acc, output);
+      }
+    }
+  }
+}
+
+static void linear_with_tiles(const Linear& linear, Rows x, int rows, int first_panel, int last_panel,
+                              const Output& output, Scratch scratch) {
+  const Tiles tiles;
+  linear_tiles(linear, x, rows, first_panel, last_panel, output, scratch);
+}
+
+static bool allowed() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace amx
+
+const Kernels* amx_kernels() {
+  static const Kernels kernels = {
+      "amx",          amx::pack_rows,   amx::linear_with_tiles, amx::norm_row, amx::rotate,
+      amx::store_key, amx::store_value, amx::attend,            amx::add,      amx::adapt, amx::activate_rows,
+  };
+  unsigned a = 7, b = 0, c = 0, d = 0;
+  __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
+  static const bool here = tiles && avx512_bf16_kernels() != nullptr && amx::allowed();
+  return here ? &kernels : nullptr;
+}
+
+}  // namespace burnish
+#else
+namespace burnish {
+const Kernels* amx_kernels() { return nullptr; }
+}  // namespace burnish
+#endif
