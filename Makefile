@@ -4,6 +4,7 @@
 #   make test     the whole test suite
 #   make check    ruff, pyright, import floors
 #   make fmt      let ruff rewrite what it can
+#   make asan     the CPU kernels' tests over a library that checks memory and undefined behaviour
 #   make clean    remove .venv and caches; runs stay
 #
 # PYTHON      the interpreter that makes .venv            (default python3)
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check fmt clean
+.PHONY: help demo test check fmt asan clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -56,6 +57,9 @@ check: $(VENV)/.dev-stamp
 fmt: $(VENV)/.dev-stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+asan: $(VENV)/.dev-stamp
+	PYTHON=$(BIN)/python sh tests/kernels/asan.sh $(PYTEST)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from burnish.compress.quantized_weight import check_weight
+from burnish.kernels.reference import LARGEST, integer_product, quantize_activations
 
 # T tokens (all leading dimensions of x), I in features, O out features
 
-LARGEST = 127
-EXACT_FLOAT32 = (1 << 24) // (LARGEST * LARGEST)
-"""Input features whose products, summed in float32 in any order, are exact integers."""
 ROUNDING = 1.5 * (1 << 23)
 """Adding and subtracting it rounds a float32 of less than 2^22 half to even, on the thread that asks (see below)."""
 SLAB_WEIGHTS = (1 << 15) - 1
@@ -136,33 +134,3 @@ def rounded(values: Tensor) -> Tensor:
 def slab_rows(weight_OI: Tensor) -> int:
     """Rows of a weight to quantize at once."""
     return max(1, SLAB_WEIGHTS // max(1, weight_OI.shape[-1]))
-
-
-def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each token to 8 bits by its largest magnitude.
-
-    Args:
-        x_TI: (tokens, in), any float dtype.
-
-    Returns:
-        Integers (tokens, in), int8, and scales (tokens,), float32: NaN, with integers of 0, for a token that holds NaN
-        or infinities.
-    """
-    x_TI = x_TI.float()
-    scale_T = x_TI.abs().amax(dim=1) / LARGEST
-    finite_T = torch.isfinite(scale_T)
-    scale_T = torch.where(finite_T, scale_T, torch.nan)
-    step_T = torch.where(scale_T > 0, scale_T, 1.0)
-    ints_TI = (x_TI / step_T[:, None]).round_().clamp_(-LARGEST, LARGEST)
-    return torch.where(finite_T[:, None], ints_TI, 0.0).to(torch.int8), scale_T
-
-
-def integer_product(ints_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """The exact sums of int8 products, (tokens, out), rounded once to float32."""
-    if ints_TI.device.type == "cpu":
-        return torch._int_mm(ints_TI, weight_OI.t()).float()  # pyright: ignore[reportPrivateImportUsage]
-    # The GPU's integer product takes more than 16 rows and multiples of 8 only.
-    if ints_TI.shape[0] > 16 and weight_OI.shape[0] % 8 == 0 and weight_OI.shape[1] % 8 == 0:
-        return torch._int_mm(ints_TI, weight_OI.t()).float()  # pyright: ignore[reportPrivateImportUsage]
-    dtype = torch.float32 if weight_OI.shape[1] <= EXACT_FLOAT32 else torch.float64
-    return (ints_TI.to(dtype) @ weight_OI.t().to(dtype)).float()

@@ -2,7 +2,8 @@
 
 The library is built with the package when there is a C++ compiler. Without it, `load` returns None and everything runs
 on torch instead. `BURNISH_CPU_KERNELS` picks the instruction set ("amx", "avx512_bf16", "avx512", "avx2", "generic") or
-turns the library off ("off").
+turns the library off ("off"). `BURNISH_CPU_LIBRARY` is a library's path to take in place of the installed one: another
+compiler's, or one built to look for errors.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 from burnish.errors import ConfigError
 from burnish.kernels.cpu.structs import STRUCTS, Linear, Norm
 
-ABI = 4
+ABI = 6
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
 ENVIRONMENT = "BURNISH_CPU_KERNELS"
+PATH_ENVIRONMENT = "BURNISH_CPU_LIBRARY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +44,18 @@ def load(isa: str | None = None) -> CpuLibrary | None:
         isa: an instruction set; None is the environment's, or the best that runs here.
 
     Raises:
-        ConfigError: the instruction set asked for is unknown or does not run here.
+        ConfigError: the instruction set asked for is unknown or does not run here, or the library that the environment
+            names does not load.
     """
     wanted = isa or os.environ.get(ENVIRONMENT) or None
     if wanted == "off":
         return None
     if wanted is not None and wanted not in ISAS:
         raise ConfigError("unknown CPU kernels", got=wanted, expected=f"{', '.join(ISAS)} or off ({ENVIRONMENT})")
-    opened, _ = _open()
+    opened, reason = _open()
     if opened is None:
+        if os.environ.get(PATH_ENVIRONMENT):
+            raise ConfigError(f"the CPU kernels that {PATH_ENVIRONMENT} names cannot be used: {reason}")
         return None
     functions, path = opened
     name = functions.burnish_kernels(None if wanted is None else wanted.encode())
@@ -89,7 +94,8 @@ def describe() -> dict[str, object]:
 @functools.cache
 def _open() -> tuple[tuple[ctypes.CDLL, Path] | None, str | None]:
     """The library and its path, or None and the reason."""
-    found = sorted(Path(__file__).parent.glob("_burnish_cpu*.so"))
+    chosen = os.environ.get(PATH_ENVIRONMENT)
+    found = [Path(chosen)] if chosen else sorted(Path(__file__).parent.glob("_burnish_cpu*.so"))
     if not found:
         return None, "not built: no C++ compiler was there when burnish was installed"
     reason = None

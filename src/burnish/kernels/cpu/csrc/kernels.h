@@ -53,7 +53,10 @@ struct Kernels {
   // Attention of one kv head's queries for a run of tokens of one sequence.
   void (*attend)(int kv_format, const AttentionArgs& args, Scratch scratch);
 
-  // out = a + b (b may be null)
+  // x *= factor
+  void (*scale)(float* x, float factor, int64_t count);
+
+  // out = a + b
   void (*add)(const float* a, const float* b, float* out, int64_t count);
 
   // y += (x A') B' for one row; scratch holds `rank` floats.

@@ -12,6 +12,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 #include "lanes.h"
 
@@ -33,13 +34,20 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+static const TileConfig& tile_config() {
+  static const TileConfig config;
+  return config;
+}
+
+// The compilers' own intrinsic tells them of 8 of the 64 bytes it reads, so that they may drop the others.
+static void configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+
 // Others in this process use the tiles too (torch's oneDNN): their configuration is put back.
 class Tiles {
  public:
   Tiles() {
-    static const TileConfig ours;
     __asm__ volatile("sttilecfg %0" : "=m"(before_));
-    configure(ours);
+    configure(tile_config());
   }
   ~Tiles() {
     if (before_.palette == 0) {
@@ -50,17 +58,11 @@ class Tiles {
   }
 
  private:
-  // The compilers' own intrinsic tells them of 8 of the 64 bytes it reads, so that they may drop the others.
-  static void configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
-
   TileConfig before_;
 };
 
 // How many steps before its use a tile of weights is asked for.
-#ifndef AHEAD
-#define AHEAD 4
-#endif
-constexpr int kStepsAhead = AHEAD;
+constexpr int kStepsAhead = 4;
 constexpr size_t kTileSize = kTileRows * kTileBytes;
 
 BURNISH_INLINE void prefetch_tile(const char* tile) {
@@ -229,6 +231,160 @@ static void linear_with_tiles(const Linear& linear, Rows x, int rows, int first_
   linear_tiles(linear, x, rows, first_panel, last_panel, output, scratch);
 }
 
+// ---- attention in bfloat16 ------------------------------------------------------------------------------------------
+
+// Two tiles of queries meet two blocks of keys at a time; then the weights, rounded to bfloat16, meet 16 features of
+// values each. A block's values fill half a tile's depth, which takes a configuration of its own.
+
+static const TileConfig& value_config() {
+  static const TileConfig config = [] {
+    TileConfig made;
+    for (const int a : {4, 5}) made.bytes[a] = kBlockSize * 2;
+    for (const int b : {6, 7}) made.rows[b] = kBlockSize / 2;
+    return made;
+  }();
+  return config;
+}
+
+// scores[rows][stride] = q keys' for the blocks first_block .. last_block - 1; q: [rows to 32][dim] bfloat16.
+static void tile_scores(const AttentionArgs& args, const uint16_t* q, bool two, int first_block, int last_block,
+                        float* scores, int64_t stride) {
+  const int dim = args.head_dim, steps = dim / 32;
+  const size_t key_size = static_cast<size_t>(dim) * kBlockSize, q_bytes = dim * 2u;
+  const auto keys_of = [&](int block) {
+    const size_t slot = static_cast<size_t>(args.table[block]) * args.num_kv_heads + args.kv_head;
+    return static_cast<const uint16_t*>(args.keys) + slot * key_size;
+  };
+  for (int block = first_block; block < last_block; block += 2) {
+    const bool pair = block + 1 < last_block;
+    const uint16_t* left = keys_of(block);
+    const uint16_t* right = pair ? keys_of(block + 1) : left;
+    for (int later = block + 4; later < block + 6 && later < last_block; ++later) prefetch(keys_of(later), key_size * 2);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int step = 0; step < steps; ++step) {
+      _tile_loadd(4, q + step * 32, q_bytes);
+      _tile_loadd(6, left + step * (kTileSize / 2), kTileBytes);
+      _tile_loadd(7, right + step * (kTileSize / 2), kTileBytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (two) {
+        _tile_loadd(5, q + kTileRows * dim + step * 32, q_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    float* to = scores + static_cast<int64_t>(block - first_block) * kBlockSize;
+    _tile_stored(0, to, stride * 4);
+    if (pair) _tile_stored(1, to + kBlockSize, stride * 4);
+    if (two) {
+      _tile_stored(2, to + kTileRows * stride, stride * 4);
+      if (pair) _tile_stored(3, to + kTileRows * stride + kBlockSize, stride * 4);
+    }
+  }
+}
+
+// sums[32][dim] = weights values; weights: [rows to 32][stride] bfloat16.
+static void tile_values(const AttentionArgs& args, const uint16_t* weights, int64_t stride, bool two, int first_block,
+                        int last_block, float* sums) {
+  const int dim = args.head_dim;
+  const size_t value_size = static_cast<size_t>(dim) * kBlockSize, chunk = kBlockSize * kLanes;
+  for (int e = 0; e < dim; e += 2 * kLanes) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int block = first_block; block < last_block; ++block) {
+      const size_t slot = static_cast<size_t>(args.table[block]) * args.num_kv_heads + args.kv_head;
+      const uint16_t* values = static_cast<const uint16_t*>(args.values) + slot * value_size + e / kLanes * chunk;
+      const uint16_t* from = weights + static_cast<int64_t>(block - first_block) * kBlockSize;
+      _tile_loadd(4, from, stride * 2);
+      _tile_loadd(6, values, kTileBytes);
+      _tile_loadd(7, values + chunk, kTileBytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (two) {
+        _tile_loadd(5, from + kTileRows * stride, stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, sums + e, dim * 4u);
+    _tile_stored(1, sums + e + kLanes, dim * 4u);
+    if (two) {
+      _tile_stored(2, sums + kTileRows * dim + e, dim * 4u);
+      _tile_stored(3, sums + kTileRows * dim + e + kLanes, dim * 4u);
+    }
+  }
+}
+
+// One row's scores to weights in bfloat16 (zero where it does not look), not yet divided by their sum, which it returns.
+static float tile_softmax(float* scores, uint16_t* weights, int begin, int end, int64_t stride) {
+  const float lowest = bits_to_float(0xff800000u);
+  for (int j = 0; j < begin; ++j) scores[j] = lowest;
+  for (int64_t j = end; j < stride; ++j) scores[j] = lowest;
+  F16 peak = splat(lowest);
+  for (int64_t j = 0; j < stride; j += kLanes) peak = larger(load(scores + j), peak);
+  const float top = _mm512_reduce_max_ps((__m512)peak);
+  F16 total = {};
+  for (int64_t j = 0; j < stride; j += kLanes) {
+    const F16 weight = exp_of(load(scores + j) - top);
+    store_bf16(weights + j, weight);
+    total += weight;
+  }
+  return _mm512_reduce_add_ps((__m512)total);
+}
+
+static void attend_bf16(const AttentionArgs& args, Scratch scratch) {
+  const int dim = args.head_dim, group = args.num_heads / args.num_kv_heads;
+  const int rows = args.num_rows * group;
+  const int first = args.positions[args.first_row], last = args.positions[args.first_row + args.num_rows - 1];
+  int lowest = args.window > 0 ? first - args.window + 1 : 0;
+  lowest = lowest < 0 ? 0 : lowest;
+  const int first_block = lowest / kBlockSize, last_block = last / kBlockSize + 1;
+  const int origin = first_block * kBlockSize;
+  const int64_t stride = static_cast<int64_t>(last_block - first_block) * kBlockSize;
+  float* scores = reinterpret_cast<float*>(scratch.data);
+  float* sums = scores + kBlock * stride;
+  uint16_t* weights = reinterpret_cast<uint16_t*>(sums + kBlock * dim);
+  uint16_t* q = weights + kBlock * stride;
+  for (int begin = 0; begin < rows; begin += kBlock) {
+    const int count = rows - begin < kBlock ? rows - begin : kBlock;
+    const bool two = count > kTileRows;
+    for (int r = 0; r < count; ++r) {
+      const int token = args.first_row + (begin + r) / group, head = args.kv_head * group + (begin + r) % group;
+      const float* from = args.q + token * args.q_stride + static_cast<int64_t>(head) * dim;
+      for (int e = 0; e < dim; e += kLanes) store_bf16(q + r * dim + e, load(from + e));
+    }
+    tile_scores(args, q, two, first_block, last_block, scores, stride);
+    float inverse[kBlock];
+    for (int r = 0; r < count; ++r) {
+      const int position = args.positions[args.first_row + (begin + r) / group];
+      int seen = args.window > 0 ? position - args.window + 1 - origin : 0;
+      seen = seen < 0 ? 0 : seen;
+      float* row = scores + r * stride;
+      bias_row(args, row, origin, seen, position + 1 - origin, position, args.kv_head * group + (begin + r) % group);
+      inverse[r] = 1.0f / tile_softmax(row, weights + r * stride, seen, position + 1 - origin, stride);
+    }
+    configure(value_config());
+    tile_values(args, weights, stride, two, first_block, last_block, sums);
+    configure(tile_config());
+    for (int r = 0; r < count; ++r) {
+      const int token = args.first_row + (begin + r) / group, head = args.kv_head * group + (begin + r) % group;
+      float* to = args.out + token * args.out_stride + static_cast<int64_t>(head) * dim;
+      for (int e = 0; e < dim; e += kLanes) store(to + e, load(sums + r * dim + e) * inverse[r]);
+    }
+  }
+}
+
+static void attend_with_tiles(int kv_format, const AttentionArgs& args, Scratch scratch) {
+  if (kv_format != kBf16 || args.head_dim % 32 != 0) return attend(kv_format, args, scratch);
+  const Tiles tiles;
+  attend_bf16(args, scratch);
+}
+
 static bool allowed() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -239,7 +395,7 @@ static bool allowed() {
 const Kernels* amx_kernels() {
   static const Kernels kernels = {
       "amx",          amx::pack_rows,   amx::linear_with_tiles, amx::norm_row, amx::rotate,
-      amx::store_key, amx::store_value, amx::attend,            amx::add,      amx::adapt, amx::activate_rows,
+      amx::store_key, amx::store_value, amx::attend_with_tiles,            amx::scale_row, amx::add,      amx::adapt, amx::activate_rows,
   };
   unsigned a = 7, b = 0, c = 0, d = 0;
   __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));

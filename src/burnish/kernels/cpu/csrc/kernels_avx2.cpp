@@ -88,7 +88,7 @@ struct Micro {
 const Kernels* avx2_kernels() {
   static const Kernels kernels = {
       "avx2",          avx2::pack_rows,   avx2::linear_rows, avx2::norm_row, avx2::rotate,
-      avx2::store_key, avx2::store_value, avx2::attend,      avx2::add,      avx2::adapt, avx2::activate_rows,
+      avx2::store_key, avx2::store_value, avx2::attend,      avx2::scale_row, avx2::add,      avx2::adapt, avx2::activate_rows,
   };
   __builtin_cpu_init();
   const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

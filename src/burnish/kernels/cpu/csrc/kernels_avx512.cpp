@@ -29,7 +29,7 @@ const Kernels* BURNISH_JOIN(BURNISH_ISA, _kernels)() {
   static const Kernels kernels = {
       BURNISH_TEXT(BURNISH_ISA),  BURNISH_ISA::pack_rows, BURNISH_ISA::linear_rows, BURNISH_ISA::norm_row,
       BURNISH_ISA::rotate,        BURNISH_ISA::store_key, BURNISH_ISA::store_value, BURNISH_ISA::attend,
-      BURNISH_ISA::add,           BURNISH_ISA::adapt, BURNISH_ISA::activate_rows,
+      BURNISH_ISA::scale_row, BURNISH_ISA::add,           BURNISH_ISA::adapt, BURNISH_ISA::activate_rows,
   };
   __builtin_cpu_init();
   bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

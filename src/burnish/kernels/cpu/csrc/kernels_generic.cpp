@@ -52,7 +52,7 @@ struct Micro {
 const Kernels* generic_kernels() {
   static const Kernels kernels = {
       "generic",        generic::pack_rows,   generic::linear_rows, generic::norm_row, generic::rotate,
-      generic::store_key, generic::store_value, generic::attend,      generic::add,      generic::adapt, generic::activate_rows,
+      generic::store_key, generic::store_value, generic::attend,      generic::scale_row, generic::add,      generic::adapt, generic::activate_rows,
   };
   return &kernels;
 }

@@ -93,6 +93,17 @@ BURNISH_INLINE F16 load_half(const uint16_t* from) {
 
 BURNISH_INLINE F16 select(I16 mask, F16 yes, F16 no) { return (F16)(((I16)yes & mask) | ((I16)no & ~mask)); }
 
+// Whether a comparison holds in any lane.
+BURNISH_INLINE bool any(I16 mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  int32_t found = 0;
+  for (int lane = 0; lane < 16; ++lane) found |= mask[lane];
+  return found != 0;
+#endif
+}
+
 BURNISH_INLINE F16 larger(F16 a, F16 b) { return select(a > b, a, b); }
 BURNISH_INLINE F16 smaller(F16 a, F16 b) { return select(a < b, a, b); }
 
@@ -100,6 +111,16 @@ BURNISH_INLINE float sum_of(F16 x) {
   float total = 0.0f;
   for (int lane = 0; lane < 16; ++lane) total += x[lane];
   return total;
+}
+
+// 1 / x to the last place or two, for finite x that is not tiny.
+BURNISH_INLINE F16 reciprocal(F16 x) {
+#if defined(__AVX512F__)
+  const F16 guess = (F16)_mm512_rcp14_ps((__m512)x);
+  return guess * (2.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
 }
 
 // e^x to about 2 units in the last place; 0 below -87.3, infinity above 88.7, NaN for NaN.
@@ -114,10 +135,14 @@ BURNISH_INLINE F16 exp_of(F16 x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  F16 y = (F16)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   // Two halves of the exponent, so that the largest results do not overflow on the way.
   const I16 whole = __builtin_convertvector(n, I16);
   const I16 half = whole >> 1;
   F16 y = p * (F16)((half + 127) << 23) * (F16)((whole - half + 127) << 23);
+#endif
   y = select(x < -87.3f, F16{}, y);
   y = select(x > 88.7f, (F16)(U16{} + 0x7f800000u), y);
   return select(x == x, y, x);
@@ -146,10 +171,17 @@ BURNISH_INLINE F16 erf_of(F16 x) {
   return select(x < 0.0f, -y, y);
 }
 
+// x / (1 + e^(-slope x)); the exponent is bounded to keep the divisor finite, and beyond the bound nothing is left of x.
+BURNISH_INLINE F16 times_sigmoid(F16 x, float slope) {
+  const F16 power = x * -slope;
+  const F16 y = x * reciprocal(exp_of(smaller(power, splat(80.0f))) + 1.0f);
+  return select(power > 80.0f, x * 0.0f, y);
+}
+
 BURNISH_INLINE F16 activate(int activation, F16 x) {
   switch (activation) {
     case 1:
-      return x / (exp_of(-x) + 1.0f);
+      return times_sigmoid(x, 1.0f);
     case 2:
       return x * 0.5f * (erf_of(x * 0.70710678118654752f) + 1.0f);
     case 3:
@@ -157,7 +189,7 @@ BURNISH_INLINE F16 activate(int activation, F16 x) {
     case 4:
       return select(x < 0.0f, F16{}, x);
     case 5:
-      return x / (exp_of(x * -1.702f) + 1.0f);
+      return times_sigmoid(x, 1.702f);
     default:
       return x;
   }

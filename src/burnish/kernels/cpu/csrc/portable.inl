@@ -36,6 +36,8 @@ BURNISH_INLINE void finish_row(const Linear& linear, const Output& output, int r
     for (int p = 0; p < P; ++p) {
       const int first = (panel + p) * kLanes;
       const int count = linear.n - first < kLanes ? linear.n - first : kLanes;
+      // Hardly ever is there anything new to note.
+      if (best.index >= 0 && !any((y[p] > best.value) | (y[p] != y[p]))) continue;
       for (int lane = 0; lane < count; ++lane) {
         const float value = y[p][lane];
         if (value != value) best.index = -2;
@@ -183,6 +185,8 @@ static void tile_grouped(const Linear& linear, Rows x, int row, int panel, const
     BURNISH_UNROLL
     for (int p = 0; p < P; ++p) {
       const size_t at = (static_cast<size_t>(panel + p) * groups + group) * kLanes;
+      __builtin_prefetch(linear.group_scale + at + 8 * kLanes);
+      __builtin_prefetch(linear.group_zero + at + 8 * kLanes);
       const F16 scale = load_half(linear.group_scale + at);
       const F16 zero = load_uint8(linear.group_zero + at);
       BURNISH_UNROLL
@@ -349,6 +353,11 @@ static void rotate(float* head, const float* cos, const float* sin, int rotary_d
   }
 }
 
+static void scale_row(float* x, float factor, int64_t count) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) x[j] *= factor;
+}
+
 static void add(const float* a, const float* b, float* out, int64_t count) {
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) out[j] = a[j] + b[j];
@@ -399,8 +408,8 @@ static void store_key(int format, const float* key, int head_dim, void* block, f
     float* to = static_cast<float*>(block) + place;
     for (int e = 0; e < head_dim; ++e) to[e * kBlockSize] = key[e];
   } else if (format == kBf16) {
-    uint16_t* to = static_cast<uint16_t*>(block) + place;
-    for (int e = 0; e < head_dim; ++e) to[e * kBlockSize] = float_to_bf16(key[e]);
+    uint16_t* to = static_cast<uint16_t*>(block) + place * 2;
+    for (int e = 0; e < head_dim; ++e) to[e / 2 * 2 * kBlockSize + e % 2] = float_to_bf16(key[e]);
   } else {
     int8_t* to = static_cast<int8_t*>(block) + place;
     float inverse;
@@ -414,8 +423,8 @@ static void store_value(int format, const float* value, int head_dim, void* bloc
   if (format == kF32) {
     std::memcpy(static_cast<float*>(block) + place * width, value, sizeof(float) * head_dim);
   } else if (format == kBf16) {
-    uint16_t* to = static_cast<uint16_t*>(block) + place * width;
-    for (int e = 0; e < head_dim; ++e) to[e] = float_to_bf16(value[e]);
+    uint16_t* to = static_cast<uint16_t*>(block) + place / 2 * 2 * kLanes + place % 2;
+    for (int e = 0; e < head_dim; ++e) to[e / kLanes * kBlockSize * kLanes + e % kLanes * 2] = float_to_bf16(value[e]);
   } else {
     int8_t* to = static_cast<int8_t*>(block) + place * width;
     float inverse;
@@ -425,10 +434,29 @@ static void store_value(int format, const float* value, int head_dim, void* bloc
 }
 
 BURNISH_INLINE F16 load_lanes(const float* from) { return load(from); }
-BURNISH_INLINE F16 load_lanes(const uint16_t* from) { return load_bf16(from); }
 BURNISH_INLINE F16 load_lanes(const int8_t* from) { return load_int8(from); }
 
-// acc[r] += sum over d of a[r][d] * lanes(b + d * b_stride)
+// Sixteen lanes of a row's even and of its odd numbers, which stand in pairs.
+BURNISH_INLINE void load_pairs(const uint16_t* from, F16* even, F16* odd) {
+  U16 pairs;
+  std::memcpy(&pairs, from, 64);
+  *even = (F16)(pairs << 16);
+  *odd = (F16)(pairs & 0xffff0000u);
+}
+
+// acc[r] += sum over d of a[r][d] * lanes(b, d): rows of b are `b_stride` apart, pairs of rows in bfloat16 twice that.
+// `depth` is even in bfloat16.
+template <int R>
+BURNISH_INLINE void add_products(const float* a, int64_t a_stride, const uint16_t* b, int64_t b_stride, int depth,
+                                 F16* acc) {
+  for (int d = 0; d < depth; d += 2) {
+    F16 even, odd;
+    load_pairs(b + d * b_stride, &even, &odd);
+    BURNISH_UNROLL
+    for (int r = 0; r < R; ++r) acc[r] += splat(a[r * a_stride + d]) * even + splat(a[r * a_stride + d + 1]) * odd;
+  }
+}
+
 template <int R, typename T>
 BURNISH_INLINE void add_products(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int depth, F16* acc) {
   for (int d = 0; d < depth; ++d) {
@@ -484,13 +512,16 @@ static void values_of(const AttentionArgs& args, const float* weights, int64_t s
       F16 acc[Micro::attention_rows] = {};
       for (int block = first_block; block < last_block; ++block) {
         const size_t slot = static_cast<size_t>(args.table[block]) * args.num_kv_heads + args.kv_head;
-        const T* values = static_cast<const T*>(args.values) + slot * width * kBlockSize + e;
+        // bfloat16 keeps sixteen features of all tokens together, the others a token's features.
+        const bool pairs = sizeof(T) == 2;
+        const T* values = static_cast<const T*>(args.values) + slot * width * kBlockSize + (pairs ? e * kBlockSize : e);
         const float* from = weights + row * stride + static_cast<int64_t>(block - first_block) * kBlockSize;
-        const int depth = block + 1 == last_block ? last_count : kBlockSize;
+        const int depth = block + 1 == last_block ? last_count + (pairs ? last_count % 2 : 0) : kBlockSize;
+        const int64_t step = pairs ? kLanes : width;
         if (count == 1) {
-          add_products<1>(from, stride, values, width, depth, acc);
+          add_products<1>(from, stride, values, step, depth, acc);
         } else {
-          add_products<Micro::attention_rows>(from, stride, values, width, depth, acc);
+          add_products<Micro::attention_rows>(from, stride, values, step, depth, acc);
         }
       }
       for (int r = 0; r < count; ++r) {
@@ -511,12 +542,8 @@ static float alibi_at(const AttentionArgs& args, float slope, int position) {
   return bf16_to_float(float_to_bf16(bf16_to_float(float_to_bf16(slope)) * rounded));
 }
 
-// Scores of one row (query at `position`, keys from token `origin` on) become weights, zero where it does not look.
-static void softmax_row(const AttentionArgs& args, float* scores, int origin, int count, int position, int head) {
-  const int padded = round_up(count, kLanes);
-  int begin = args.window > 0 ? position - args.window + 1 - origin : 0;
-  begin = begin < 0 ? 0 : begin;
-  const int end = position + 1 - origin;
+// Soft cap and ALiBi on the scores begin .. end - 1 of one row: query at `position`, keys from token `origin` on.
+static void bias_row(const AttentionArgs& args, float* scores, int origin, int begin, int end, int position, int head) {
   if (args.softcap != 0.0f) {
     for (int j = begin / kLanes * kLanes; j < end; j += kLanes)
       store(scores + j, tanh_of(load(scores + j) / args.softcap) * args.softcap);
@@ -526,6 +553,15 @@ static void softmax_row(const AttentionArgs& args, float* scores, int origin, in
     const float here = alibi_at(args, slope, position) * args.alibi_scale;
     for (int j = begin; j < end; ++j) scores[j] += alibi_at(args, slope, origin + j) * args.alibi_scale - here;
   }
+}
+
+// Scores of one row become weights, zero where it does not look.
+static void softmax_row(const AttentionArgs& args, float* scores, int origin, int count, int position, int head) {
+  const int padded = round_up(count, kLanes);
+  int begin = args.window > 0 ? position - args.window + 1 - origin : 0;
+  begin = begin < 0 ? 0 : begin;
+  const int end = position + 1 - origin;
+  bias_row(args, scores, origin, begin, end, position, head);
   const float lowest = bits_to_float(0xff800000u);
   for (int j = 0; j < begin; ++j) scores[j] = lowest;
   for (int j = end; j < padded; ++j) scores[j] = lowest;

@@ -14,11 +14,20 @@ namespace {
 
 int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
+// Floats from row to row: whole pairs of panels, and a line more, as rows a power of two apart would share cache sets.
+int stride_of(int width) { return round_up(width, 2 * kLanes) + kLanes; }
+
 // Query rows that share one pass over the keys.
 constexpr int kItemRows = 32;
 
 // Rows of packed activations that stay in a core's second-level cache while the weights stream past.
 constexpr size_t kRowsInCache = 1280 << 10;
+
+// Weights of the next product that a thread brings near while it is busy with something else, and the largest step for
+// which that is worth it: with more rows the products are not bound by memory.
+constexpr size_t kBroughtNear = 256 << 10;
+constexpr int kParts = 16;
+constexpr int kFewRows = 64;
 
 size_t row_bytes(const Linear& linear) {
   const size_t item = linear.format == kF32 ? 4 : linear.format == kBf16 ? 2 : 1;
@@ -47,10 +56,11 @@ Runtime::Runtime(const Decoder& decoder, const Kernels& kernels, int max_tokens,
       kernels_(kernels),
       max_tokens_(max_tokens),
       max_context_(max_context),
-      hidden_(round_up(decoder.hidden, 2 * kLanes)),
-      heads_(round_up(decoder.num_heads * decoder.head_dim, 2 * kLanes)),
-      qkv_(round_up((decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim, 2 * kLanes)),
-      inner_(round_up(decoder.inner, 2 * kLanes)),
+      hidden_(stride_of(decoder.hidden)),
+      heads_(stride_of(decoder.num_heads * decoder.head_dim)),
+      qkv_(stride_of((decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim)),
+      inner_(stride_of(decoder.inner)),
+      raw_(stride_of(round_up(decoder.inner, kLanes) * (decoder.gated ? 2 : 1))),
       team_(std::min(threads, kMaxThreads)),
       sequence_of_(max_tokens),
       next_item_(new std::atomic<int>[decoder.num_layers]) {
@@ -61,7 +71,7 @@ Runtime::Runtime(const Decoder& decoder, const Kernels& kernels, int max_tokens,
   qkv_rows_ = make(rows * qkv_ * sizeof(float));
   attended_ = make(rows * heads_ * sizeof(float));
   mlp_ = make(rows * inner_ * sizeof(float));
-  if (decoder_.num_adapters > 0) mlp_raw_ = make(rows * inner_ * (decoder_.gated ? 2 : 1) * sizeof(float));
+  if (decoder_.num_adapters > 0) mlp_raw_ = make(rows * raw_ * sizeof(float));
   size_t widest = row_bytes(decoder_.head), groups = decoder_.head.num_groups, most_k = decoder_.head.k_padded;
   const auto measure = [&](const Linear& linear) {
     widest = std::max(widest, row_bytes(linear));
@@ -84,8 +94,9 @@ Runtime::Runtime(const Decoder& decoder, const Kernels& kernels, int max_tokens,
   // Attention: queries and scores. Products: two widened panels. Rows: one row in another order, an adapter's ranks.
   const int group = decoder_.num_heads / decoder_.num_kv_heads;
   const size_t query_rows = std::max(kItemRows, group);
+  // Twice the scores: weights may stand beside them.
   const size_t attention =
-      query_rows * (decoder_.head_dim + round_up(max_context_, kBlockSize) + kBlockSize) * sizeof(float);
+      2 * query_rows * (decoder_.head_dim + round_up(max_context_, kBlockSize) + kBlockSize) * sizeof(float);
   const size_t row_floats = std::max<size_t>(most_k, inner_) + rank;
   const size_t scratch = std::max({attention, 2 * kLanes * most_k, row_floats * sizeof(float)}) + 4096;
   for (int thread = 0; thread < team_.size(); ++thread) scratch_.push_back(make(scratch));
@@ -129,13 +140,20 @@ void Runtime::step_on(const Step& step, int thread) {
   for (int row = first; row < last; ++row) embed(step, row);
   for (int index = 0; index < decoder_.num_layers; ++index) {
     const Layer& layer = decoder_.layers[index];
-    before_attention(layer, first, last, floats);
+    const bool few = step.num_tokens <= kFewRows;
+    for (int row = first; row < last; ++row) {
+      if (few) bring_near(layer.qkv, thread, row - first, kParts, 0);
+      before_attention(step, layer, row, floats);
+    }
     team_.barrier();
     product(layer.qkv, step.num_tokens, {kStore, 0, qkv_rows_.as<float>(), qkv_, 0.0f, nullptr}, thread, scratch);
     team_.barrier();
-    rotate_and_store(step, layer, index, first, last, floats);
+    for (int row = first; row < last; ++row) {
+      if (few) bring_near(layer.o, thread, row - first, kParts, 0);
+      rotate_and_store(step, layer, index, row, floats);
+    }
     team_.barrier();
-    attend(step, layer, index, scratch);
+    attend(step, layer, index, thread, scratch);
     team_.barrier();
     for (int row = first; row < last; ++row) {
       pack(layer.o, attended_.as<float>() + static_cast<size_t>(row) * heads_, heads_, row, floats);
@@ -145,19 +163,25 @@ void Runtime::step_on(const Step& step, int thread) {
     float* to = apart ? branch_.as<float>() : x_.as<float>();
     product(layer.o, step.num_tokens, {apart ? kStore : kAdd, 0, to, hidden_, 0.0f, nullptr}, thread, scratch);
     team_.barrier();
-    before_mlp(step, layer, index, first, last, floats);
+    for (int row = first; row < last; ++row) {
+      if (few) bring_near(layer.up, thread, row - first, kParts, 0);
+      before_mlp(step, layer, index, row, floats);
+    }
     team_.barrier();
     Output inner = {decoder_.gated ? kGate : kActivate, decoder_.activation, mlp_.as<float>(), inner_, 0.0f, nullptr};
-    if (adapting_) inner = {kStore, 0, mlp_raw_.as<float>(), inner_ * (decoder_.gated ? 2 : 1), 0.0f, nullptr};
+    if (adapting_) inner = {kStore, 0, mlp_raw_.as<float>(), raw_, 0.0f, nullptr};
     product(layer.up, step.num_tokens, inner, thread, scratch);
     team_.barrier();
-    inside_mlp(step, layer, index, first, last, floats);
+    for (int row = first; row < last; ++row) {
+      if (few) bring_near(layer.down, thread, row - first, kParts, 0);
+      inside_mlp(step, layer, index, row, floats);
+    }
     team_.barrier();
     const bool normed = layer.mlp_output_norm.kind != 0;
     to = normed ? branch_.as<float>() : x_.as<float>();
     product(layer.down, step.num_tokens, {normed ? kStore : kAdd, 0, to, hidden_, 0.0f, nullptr}, thread, scratch);
     team_.barrier();
-    join_mlp(step, layer, index, first, last, floats);
+    for (int row = first; row < last; ++row) join_mlp(step, layer, index, row, floats);
   }
   team_.barrier();
   head(step, thread, scratch);
@@ -191,17 +215,26 @@ void Runtime::pack(const Linear& linear, const float* x, int64_t stride, int row
   kernels_.pack_rows(linear, x, stride, row, 1, rows_, scratch);
 }
 
-void Runtime::before_attention(const Layer& layer, int first, int last, float* scratch) {
-  for (int row = first; row < last; ++row) {
-    float* x = x_.as<float>() + static_cast<size_t>(row) * hidden_;
-    float* normed = normed_.as<float>() + static_cast<size_t>(row) * hidden_;
-    kernels_.norm(layer.input_norm, x, normed);
-    pack(layer.qkv, normed, hidden_, row, scratch);
-    if (decoder_.residual_from_norm) std::memcpy(x, normed, sizeof(float) * decoder_.hidden);
-    // In parallel the MLP reads x too, which attention's output is about to join.
-    if (decoder_.parallel_residual && !decoder_.shared_norm) {
-      kernels_.norm(layer.post_attention_norm, x, mlp_input(row));
-    }
+// A token that opens a block clears its values: what an earlier owner left there is weighed with zero, which a NaN
+// would survive.
+void Runtime::clear_block(const Step& step, const Layer& layer, int row) {
+  if (step.positions[row] % kBlockSize != 0) return;
+  const int32_t* table = step.block_tables + static_cast<size_t>(sequence_of_[row]) * step.table_width;
+  const size_t item = decoder_.kv_format == kF32 ? 4 : decoder_.kv_format == kBf16 ? 2 : 1;
+  const size_t bytes = item * round_up(decoder_.head_dim, kLanes) * kBlockSize * decoder_.num_kv_heads;
+  std::memset(static_cast<char*>(layer.values) + table[step.positions[row] / kBlockSize] * bytes, 0, bytes);
+}
+
+void Runtime::before_attention(const Step& step, const Layer& layer, int row, float* scratch) {
+  clear_block(step, layer, row);
+  float* x = x_.as<float>() + static_cast<size_t>(row) * hidden_;
+  float* normed = normed_.as<float>() + static_cast<size_t>(row) * hidden_;
+  kernels_.norm(layer.input_norm, x, normed);
+  pack(layer.qkv, normed, hidden_, row, scratch);
+  if (decoder_.residual_from_norm) std::memcpy(x, normed, sizeof(float) * decoder_.hidden);
+  // In parallel the MLP reads x too, which attention's output is about to join.
+  if (decoder_.parallel_residual && !decoder_.shared_norm) {
+    kernels_.norm(layer.post_attention_norm, x, mlp_input(row));
   }
 }
 
@@ -219,7 +252,7 @@ void Runtime::adapt(const Step& step, int layer, AdapterPlace place, int row, co
   if (adapter.rank > 0) kernels_.adapt(adapter, x, y, scratch);
 }
 
-void Runtime::rotate_and_store(const Step& step, const Layer& layer, int index, int first, int last, float* scratch) {
+void Runtime::rotate_and_store(const Step& step, const Layer& layer, int index, int row, float* scratch) {
   const int dim = decoder_.head_dim, heads = decoder_.num_heads, kv_heads = decoder_.num_kv_heads;
   const int half = decoder_.rotary_dim / 2;
   // Angles come by position from the decoder's tables, or by row with the step.
@@ -232,45 +265,43 @@ void Runtime::rotate_and_store(const Step& step, const Layer& layer, int index, 
   }
   const size_t item = decoder_.kv_format == kF32 ? 4 : decoder_.kv_format == kBf16 ? 2 : 1;
   const size_t key_bytes = item * dim * kBlockSize, value_bytes = item * round_up(dim, kLanes) * kBlockSize;
-  for (int row = first; row < last; ++row) {
-    float* q = qkv_rows_.as<float>() + static_cast<size_t>(row) * qkv_;
-    float* k = q + static_cast<size_t>(heads) * dim;
-    float* v = k + static_cast<size_t>(kv_heads) * dim;
-    if (adapting_) {
-      const float* normed = normed_.as<float>() + static_cast<size_t>(row) * hidden_;
-      adapt(step, index, kAtQ, row, normed, q, scratch);
-      adapt(step, index, kAtK, row, normed, k, scratch);
-      adapt(step, index, kAtV, row, normed, v, scratch);
+  float* q = qkv_rows_.as<float>() + static_cast<size_t>(row) * qkv_;
+  float* k = q + static_cast<size_t>(heads) * dim;
+  float* v = k + static_cast<size_t>(kv_heads) * dim;
+  if (adapting_) {
+    const float* normed = normed_.as<float>() + static_cast<size_t>(row) * hidden_;
+    adapt(step, index, kAtQ, row, normed, q, scratch);
+    adapt(step, index, kAtK, row, normed, k, scratch);
+    adapt(step, index, kAtV, row, normed, v, scratch);
+  }
+  const size_t place = static_cast<size_t>(step.positions[row]);
+  const size_t angles = (by_row ? row : place) * half;
+  for (int head = 0; head < heads + kv_heads; ++head) {
+    float* at = q + static_cast<size_t>(head) * dim;
+    const Norm& norm = head < heads ? layer.q_norm : layer.k_norm;
+    if (norm.kind != 0) kernels_.norm(norm, at, at);
+    if (cosines != nullptr) {
+      kernels_.rotate(at, cosines + angles, sines + angles, decoder_.rotary_dim, decoder_.rotary_interleaved != 0);
     }
-    const size_t place = static_cast<size_t>(step.positions[row]);
-    const size_t angles = (by_row ? row : place) * half;
-    for (int head = 0; head < heads + kv_heads; ++head) {
-      float* at = q + static_cast<size_t>(head) * dim;
-      const Norm& norm = head < heads ? layer.q_norm : layer.k_norm;
-      if (norm.kind != 0) kernels_.norm(norm, at, at);
-      if (cosines != nullptr) {
-        kernels_.rotate(at, cosines + angles, sines + angles, decoder_.rotary_dim, decoder_.rotary_interleaved != 0);
-      }
-      if (head < heads) {
-        for (int e = 0; e < dim; ++e) at[e] *= layer.scale;
-      }
+    if (head < heads) {
+      kernels_.scale(at, layer.scale, dim);
     }
-    const int sequence = sequence_of_[row];
-    const int block = step.block_tables[static_cast<size_t>(sequence) * step.table_width + place / kBlockSize];
-    const int within = static_cast<int>(place % kBlockSize);
-    for (int head = 0; head < kv_heads; ++head) {
-      const size_t slot = static_cast<size_t>(block) * kv_heads + head;
-      float* key_scale = layer.key_scale == nullptr ? nullptr : layer.key_scale + slot * kBlockSize;
-      float* value_scale = layer.value_scale == nullptr ? nullptr : layer.value_scale + slot * kBlockSize;
-      kernels_.store_key(decoder_.kv_format, k + static_cast<size_t>(head) * dim, dim,
-                         static_cast<char*>(layer.keys) + slot * key_bytes, key_scale, within);
-      kernels_.store_value(decoder_.kv_format, v + static_cast<size_t>(head) * dim, dim,
-                           static_cast<char*>(layer.values) + slot * value_bytes, value_scale, within);
-    }
+  }
+  const int sequence = sequence_of_[row];
+  const int block = step.block_tables[static_cast<size_t>(sequence) * step.table_width + place / kBlockSize];
+  const int within = static_cast<int>(place % kBlockSize);
+  for (int head = 0; head < kv_heads; ++head) {
+    const size_t slot = static_cast<size_t>(block) * kv_heads + head;
+    float* key_scale = layer.key_scale == nullptr ? nullptr : layer.key_scale + slot * kBlockSize;
+    float* value_scale = layer.value_scale == nullptr ? nullptr : layer.value_scale + slot * kBlockSize;
+    kernels_.store_key(decoder_.kv_format, k + static_cast<size_t>(head) * dim, dim,
+                       static_cast<char*>(layer.keys) + slot * key_bytes, key_scale, within);
+    kernels_.store_value(decoder_.kv_format, v + static_cast<size_t>(head) * dim, dim,
+                         static_cast<char*>(layer.values) + slot * value_bytes, value_scale, within);
   }
 }
 
-void Runtime::attend(const Step& step, const Layer& layer, int index, Scratch scratch) {
+void Runtime::attend(const Step& step, const Layer& layer, int index, int thread, Scratch scratch) {
   AttentionArgs args = {};
   args.q = qkv_rows_.as<float>();
   args.q_stride = qkv_;
@@ -292,6 +323,7 @@ void Runtime::attend(const Step& step, const Layer& layer, int index, Scratch sc
   const int count = static_cast<int>(items_.size());
   for (int i = next_item_[index].fetch_add(1); i < count; i = next_item_[index].fetch_add(1)) {
     const Item& item = items_[i];
+    if (step.num_tokens <= kFewRows) bring_near(layer.o, thread, i, std::max(count, 4 * kParts), kBroughtNear);
     args.table = step.block_tables + static_cast<size_t>(item.sequence) * step.table_width;
     args.kv_head = item.kv_head;
     args.first_row = item.first_row;
@@ -300,66 +332,60 @@ void Runtime::attend(const Step& step, const Layer& layer, int index, Scratch sc
   }
 }
 
-void Runtime::before_mlp(const Step& step, const Layer& layer, int index, int first, int last, float* scratch) {
-  for (int row = first; row < last; ++row) {
-    float* x = x_.as<float>() + static_cast<size_t>(row) * hidden_;
-    float* normed = normed_.as<float>() + static_cast<size_t>(row) * hidden_;
-    float* branch = branch_.as<float>() + static_cast<size_t>(row) * hidden_;
-    const bool apart = layer.attention_output_norm.kind != 0;
-    if (adapting_) {
-      const float* attended = attended_.as<float>() + static_cast<size_t>(row) * heads_;
-      adapt(step, index, kAtO, row, attended, apart ? branch : x, scratch);
-    }
-    if (apart) {
-      kernels_.norm(layer.attention_output_norm, branch, branch);
-      kernels_.add(x, branch, x, decoder_.hidden);
-    }
-    if (!decoder_.parallel_residual) {
-      kernels_.norm(layer.post_attention_norm, x, normed);
-      if (decoder_.residual_from_norm) std::memcpy(x, normed, sizeof(float) * decoder_.hidden);
-    }
-    pack(layer.up, mlp_input(row), hidden_, row, scratch);
+void Runtime::before_mlp(const Step& step, const Layer& layer, int index, int row, float* scratch) {
+  float* x = x_.as<float>() + static_cast<size_t>(row) * hidden_;
+  float* normed = normed_.as<float>() + static_cast<size_t>(row) * hidden_;
+  float* branch = branch_.as<float>() + static_cast<size_t>(row) * hidden_;
+  const bool apart = layer.attention_output_norm.kind != 0;
+  if (adapting_) {
+    const float* attended = attended_.as<float>() + static_cast<size_t>(row) * heads_;
+    adapt(step, index, kAtO, row, attended, apart ? branch : x, scratch);
   }
+  if (apart) {
+    kernels_.norm(layer.attention_output_norm, branch, branch);
+    kernels_.add(x, branch, x, decoder_.hidden);
+  }
+  if (!decoder_.parallel_residual) {
+    kernels_.norm(layer.post_attention_norm, x, normed);
+    if (decoder_.residual_from_norm) std::memcpy(x, normed, sizeof(float) * decoder_.hidden);
+  }
+  pack(layer.up, mlp_input(row), hidden_, row, scratch);
 }
 
-void Runtime::inside_mlp(const Step& step, const Layer& layer, int index, int first, int last, float* scratch) {
-  for (int row = first; row < last; ++row) {
-    float* inner = mlp_.as<float>() + static_cast<size_t>(row) * inner_;
-    if (adapting_) {
-      const float* normed = mlp_input(row);
-      const int stride = inner_ * (decoder_.gated ? 2 : 1);
-      float* raw = mlp_raw_.as<float>() + static_cast<size_t>(row) * stride;
-      // An adapter's outputs are in plain order, the raw rows hold sixteen gates and sixteen ups in turn.
-      if (decoder_.gated) {
-        float* plain = scratch;
-        for (const AdapterPlace place : {kAtGate, kAtUp}) {
-          std::memset(plain, 0, sizeof(float) * decoder_.inner);
-          adapt(step, index, place, row, normed, plain, scratch + inner_);
-          float* to = raw + (place == kAtUp ? kLanes : 0);
-          for (int j = 0; j < decoder_.inner; ++j) to[j / kLanes * 2 * kLanes + j % kLanes] += plain[j];
-        }
-      } else {
-        adapt(step, index, kAtUp, row, normed, raw, scratch);
+void Runtime::inside_mlp(const Step& step, const Layer& layer, int index, int row, float* scratch) {
+  float* inner = mlp_.as<float>() + static_cast<size_t>(row) * inner_;
+  if (adapting_) {
+    const float* normed = mlp_input(row);
+    const int stride = raw_;
+    float* raw = mlp_raw_.as<float>() + static_cast<size_t>(row) * stride;
+    // An adapter's outputs are in plain order, the raw rows hold sixteen gates and sixteen ups in turn.
+    if (decoder_.gated) {
+      float* plain = scratch;
+      for (const AdapterPlace place : {kAtGate, kAtUp}) {
+        std::memset(plain, 0, sizeof(float) * decoder_.inner);
+        adapt(step, index, place, row, normed, plain, scratch + inner_);
+        float* to = raw + (place == kAtUp ? kLanes : 0);
+        for (int j = 0; j < decoder_.inner; ++j) to[j / kLanes * 2 * kLanes + j % kLanes] += plain[j];
       }
-      kernels_.activate(decoder_.gated != 0, decoder_.activation, raw, inner, round_up(decoder_.inner, kLanes));
+    } else {
+      adapt(step, index, kAtUp, row, normed, raw, scratch);
     }
-    pack(layer.down, inner, inner_, row, scratch);
+    kernels_.activate(decoder_.gated != 0, decoder_.activation, raw, inner, round_up(decoder_.inner, kLanes));
   }
+  pack(layer.down, inner, inner_, row, scratch);
 }
 
-void Runtime::join_mlp(const Step& step, const Layer& layer, int index, int first, int last, float* scratch) {
+void Runtime::join_mlp(const Step& step, const Layer& layer, int index, int row, float* scratch) {
   const bool apart = layer.mlp_output_norm.kind != 0;
-  for (int row = first; row < last; ++row) {
-    float* x = x_.as<float>() + static_cast<size_t>(row) * hidden_;
-    float* branch = branch_.as<float>() + static_cast<size_t>(row) * hidden_;
-    if (adapting_) {
-      const float* inner = mlp_.as<float>() + static_cast<size_t>(row) * inner_;
-      adapt(step, index, kAtDown, row, inner, apart ? branch : x, scratch);
-    }
-    if (apart) {
-      kernels_.norm(layer.mlp_output_norm, branch, branch);
-      kernels_.add(x, branch, x, decoder_.hidden);
-    }
+  float* x = x_.as<float>() + static_cast<size_t>(row) * hidden_;
+  float* branch = branch_.as<float>() + static_cast<size_t>(row) * hidden_;
+  if (adapting_) {
+    const float* inner = mlp_.as<float>() + static_cast<size_t>(row) * inner_;
+    adapt(step, index, kAtDown, row, inner, apart ? branch : x, scratch);
+  }
+  if (apart) {
+    kernels_.norm(layer.mlp_output_norm, branch, branch);
+    kernels_.add(x, branch, x, decoder_.hidden);
   }
 }
 
@@ -392,11 +418,24 @@ void Runtime::head(const Step& step, int thread, Scratch scratch) {
   }
 }
 
+// Part `part` of `parts` of the first weights of this thread's share, from byte `from` of it on.
+void Runtime::bring_near(const Linear& linear, int thread, int part, int parts, size_t from) const {
+  if (part >= parts) return;
+  int first, last;
+  share(linear.num_panels / 2, thread, &first, &last);
+  const size_t pair = row_bytes(linear) * 2 * kLanes / (linear.format == kInt4 ? 2 : 1);
+  const size_t begin = std::min(from + kBroughtNear * part / parts, pair * (last - first));
+  const size_t end = std::min(from + kBroughtNear * (part + 1) / parts, pair * (last - first));
+  const char* share_of = static_cast<const char*>(linear.weight) + pair * first;
+  for (size_t at = begin; at < end; at += 64) __builtin_prefetch(share_of + at, 0, 2);
+}
+
 void Runtime::product(const Linear& linear, int rows, const Output& output, int thread, Scratch scratch) {
   int first, last;
   share(linear.num_panels / 2, thread, &first, &last);
   const size_t bytes = row_bytes(linear);
-  const int at_once = std::max<int>(kRowAlign, static_cast<int>(kRowsInCache / bytes) / kRowAlign * kRowAlign);
+  const int most = std::max<int>(kRowAlign, static_cast<int>(kRowsInCache / bytes) / kRowAlign * kRowAlign);
+  const int at_once = round_up((rows + (rows + most - 1) / most - 1) / std::max(1, (rows + most - 1) / most), kRowAlign);
   for (int row = 0; row < rows; row += at_once) {
     Output part = output;
     if (part.data != nullptr) part.data += row * part.stride;

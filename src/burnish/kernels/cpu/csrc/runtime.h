@@ -46,13 +46,15 @@ class Runtime {
   void share(int count, int thread, int* first, int* last) const;
 
   void embed(const Step& step, int row);
-  void before_attention(const Layer& layer, int first, int last, float* scratch);
-  void rotate_and_store(const Step& step, const Layer& layer, int index, int first, int last, float* scratch);
-  void attend(const Step& step, const Layer& layer, int index, Scratch scratch);
-  void before_mlp(const Step& step, const Layer& layer, int index, int first, int last, float* scratch);
-  void inside_mlp(const Step& step, const Layer& layer, int index, int first, int last, float* scratch);
-  void join_mlp(const Step& step, const Layer& layer, int index, int first, int last, float* scratch);
+  void clear_block(const Step& step, const Layer& layer, int row);
+  void before_attention(const Step& step, const Layer& layer, int row, float* scratch);
+  void rotate_and_store(const Step& step, const Layer& layer, int index, int row, float* scratch);
+  void attend(const Step& step, const Layer& layer, int index, int thread, Scratch scratch);
+  void before_mlp(const Step& step, const Layer& layer, int index, int row, float* scratch);
+  void inside_mlp(const Step& step, const Layer& layer, int index, int row, float* scratch);
+  void join_mlp(const Step& step, const Layer& layer, int index, int row, float* scratch);
   void head(const Step& step, int thread, Scratch scratch);
+  void bring_near(const Linear& linear, int thread, int part, int parts, size_t from) const;
   void product(const Linear& linear, int rows, const Output& output, int thread, Scratch scratch);
   void pack(const Linear& linear, const float* x, int64_t stride, int row, float* scratch);
   void adapt(const Step& step, int layer, AdapterPlace place, int row, const float* x, float* y,
@@ -62,7 +64,7 @@ class Runtime {
   Decoder decoder_;
   const Kernels& kernels_;
   int max_tokens_, max_context_;
-  int hidden_, heads_, qkv_, inner_;  // strides of the buffers below, in floats
+  int hidden_, heads_, qkv_, inner_, raw_;  // strides of the buffers below, in floats
   size_t bytes_ = 0;
   Team team_;
   Buffer x_, normed_, branch_, qkv_rows_, attended_, mlp_, mlp_raw_, packed_, packed_scale_, packed_sums_, best_;

@@ -10,7 +10,7 @@
 namespace burnish {
 
 // Bumped whenever a struct or a packed layout changes; Python refuses another number.
-constexpr int32_t kAbiVersion = 4;
+constexpr int32_t kAbiVersion = 6;
 
 constexpr int kLanes = 16;      // output features of one weight panel
 constexpr int kKAlign = 64;     // input features are padded to this in rows of activations and in packed weights
@@ -107,8 +107,10 @@ struct Layer {
   int32_t window;           // 0: none
   int32_t local_rope;       // 1: takes the second rope table
   int32_t reserved;
-  void* keys;               // [block][G][E][16]
-  void* values;             // [block][G][16][E]
+  // A block's keys of one head stand feature by feature: [E][16], bfloat16 in pairs of features [E / 2][16][2]. Its values
+  // stand token by token: [16][E to whole 16s], bfloat16 in pairs of tokens [E / 16][8][16][2]. E is even.
+  void* keys;    // [block][G]
+  void* values;  // [block][G]
   float* key_scale;         // int8 cache: [block][G][16]
   float* value_scale;
 };
