@@ -21,6 +21,8 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
 )
+# Triton reads it when it is imported: without a card its interpreter runs the GPU kernels.
+os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/proc/driver/nvidia/version").exists() else "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from eager_drafter import EagerDrafter
 from transformers import PreTrainedModel
 
 from burnish.engine.native import NativeEngine
@@ -194,11 +195,16 @@ def tiny(request: pytest.FixtureRequest, tiny_model: Callable[[str], TinyModel])
 
 @pytest.fixture(params=BACKENDS)
 def native(request: pytest.FixtureRequest) -> Callable[..., NativeEngine]:
-    """Makes a float32 engine over each backend in turn; skips where that one cannot run the model."""
+    """Makes a float32 engine over each backend in turn; skips where that one cannot run the model.
 
-    def make(model: Path | Decoder, **options: Any) -> NativeEngine:
+    With `eager` it guesses whenever there is something to copy, otherwise never.
+    """
+
+    def make(model: Path | Decoder, *, eager: bool = False, **options: Any) -> NativeEngine:
         try:
-            return NativeEngine(model, dtype="float32", backend=request.param, **options)
+            engine = NativeEngine(model, dtype="float32", backend=request.param, speculation="off", **options)
+            engine.drafter = EagerDrafter() if eager else None
+            return engine
         except ConfigError as error:
             if "cannot run this" not in error.message:
                 raise

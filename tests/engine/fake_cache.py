@@ -16,7 +16,7 @@ class Silent:
         return ""
 
 
-def make_sequence(request_id: int, prompt_ids: list[int], *, max_tokens: int = 4, adapter: int = -1) -> Sequence:
+def make_sequence(request_id: int, prompt_ids: list[int], *, max_tokens: int = 4, adapter_number: int = 0) -> Sequence:
     """A request whose answer is what `answer_token` says."""
     return Sequence(
         request_id=request_id,
@@ -27,7 +27,7 @@ def make_sequence(request_id: int, prompt_ids: list[int], *, max_tokens: int = 4
         end_ids=frozenset(),
         max_tokens=max_tokens,
         text=TextStream(Silent()),
-        adapter=adapter,
+        adapter_number=adapter_number,
     )
 
 

@@ -44,7 +44,7 @@ def test_concurrent_streams_equal_sequential_answers(
     decoder: Decoder, tokenizer: Any, make_prompts: MakePrompts
 ) -> None:
     prompts = make_prompts(6, seed=1)
-    engine = NativeEngine(decoder, tokenizer=tokenizer, max_num_seqs=4)
+    engine = NativeEngine(decoder, tokenizer=tokenizer, max_num_seqs=4, speculation="off")
     expected = list(engine.generate(prompts, LONG))
 
     async def one(served: AsyncEngine, prompt: list[int]) -> tuple[str, tuple[int, ...], int]:

@@ -31,26 +31,33 @@ def alone(engine: NativeEngine, prompts: list[list[int]], params: SamplingParams
     return [token_ids for prompt in prompts for token_ids in tokens_of(engine.generate([prompt], params))]
 
 
-def test_greedy_equals_transformers_alone_and_batched(tiny: Any, native: Native, make_prompts: MakePrompts) -> None:
+@pytest.mark.parametrize("eager", [False, True])
+def test_greedy_equals_transformers_alone_and_batched(
+    tiny: Any, native: Native, make_prompts: MakePrompts, eager: bool
+) -> None:
     prompts = make_prompts(7, seed=1)
     expected = [tiny.greedy(prompt, 20) for prompt in prompts]
     assert len(set(expected)) > 3, "the test would prove nothing on constant answers"
-    engine = native(tiny.folder, max_num_seqs=8, prefix_caching=False)
+    engine = native(tiny.folder, eager=eager, max_num_seqs=8, prefix_caching=False)
     assert alone(engine, prompts, LONG) == expected
     assert tokens_of(engine.generate(prompts, LONG)) == expected
 
 
+@pytest.mark.parametrize("eager", [False, True])
 def test_greedy_equals_transformers_with_few_places_and_pieces(
-    tiny: Any, native: Native, make_prompts: MakePrompts
+    tiny: Any, native: Native, make_prompts: MakePrompts, eager: bool
 ) -> None:
     prompts = make_prompts(7, seed=2)
     params = [SamplingParams(max_tokens=3 + 3 * index, ignore_eos=True) for index in range(7)]
     expected = [tiny.greedy(prompt, one.max_tokens) for prompt, one in zip(prompts, params)]
-    engine = native(tiny.folder, max_num_seqs=3, max_batch_tokens=11)
+    engine = native(tiny.folder, eager=eager, max_num_seqs=3, max_batch_tokens=11)
     assert tokens_of(engine.generate(prompts, params)) == expected
 
 
-def test_greedy_equals_transformers_when_blocks_run_out(tiny: Any, native: Native, make_prompts: MakePrompts) -> None:
+@pytest.mark.parametrize("eager", [False, True])
+def test_greedy_equals_transformers_when_blocks_run_out(
+    tiny: Any, native: Native, make_prompts: MakePrompts, eager: bool
+) -> None:
     shared = make_prompts(1, seed=21, shortest=36, longest=36)[0]
     prompts = [[*shared, *tail] for tail in make_prompts(6, seed=22, longest=8)]
     expected = [tiny.greedy(prompt, 20) for prompt in prompts]
@@ -58,6 +65,7 @@ def test_greedy_equals_transformers_when_blocks_run_out(tiny: Any, native: Nativ
     block_bytes = native(tiny.folder).scheduler.block_bytes
     engine = native(
         tiny.folder,
+        eager=eager,
         max_model_len=68,
         max_batch_tokens=24,
         max_num_seqs=6,
@@ -65,7 +73,7 @@ def test_greedy_equals_transformers_when_blocks_run_out(tiny: Any, native: Nativ
     )
     assert tokens_of(engine.generate(prompts, LONG)) == expected
     stats = engine.stats()
-    assert windowed or stats.preemptions > 0
+    assert windowed or eager or stats.preemptions > 0
     assert windowed or stats.prefix_hit_tokens >= 32
     # Once more, with every prompt's beginning in the cache, and others that come and are aborted in between.
     decoys = [engine.submit(prompt[::-1], LONG) for prompt in prompts[:3]]
@@ -119,6 +127,8 @@ class Oracle:
             if not self.right and len(guess) > 3:
                 guess[3] = (guess[3] + 1) % 97
             sequence.drafts = guess
+
+    def observe(self, num_rows: int, seconds: float) -> None: ...
 
 
 @pytest.mark.parametrize("params", [LONG, SamplingParams(max_tokens=20, temperature=1.2, seed=5, ignore_eos=True)])
@@ -174,7 +184,7 @@ def test_prompt_logprobs_are_the_models_own(decoder: Decoder, make_prompts: Make
 def test_step_events_show_every_token_of_submitted_requests(
     decoder: Decoder, tokenizer: Any, make_prompts: MakePrompts
 ) -> None:
-    engine = NativeEngine(decoder, tokenizer=tokenizer, max_num_seqs=2)
+    engine = NativeEngine(decoder, tokenizer=tokenizer, max_num_seqs=2, speculation="off")
     prompts = make_prompts(3, seed=12)
     expected = list(engine.generate(prompts, LONG))
     ids = [engine.submit(prompt, LONG) for prompt in prompts]

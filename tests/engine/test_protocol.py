@@ -33,6 +33,8 @@ def test_other_names_are_refused_with_what_there_is(name: str, tmp_path: Path) -
         ("transformers", {"kv_memory": 1 << 20}),
         ("transformers", {"kv_dtype": "int8"}),
         ("transformers", {"max_batch_tokens": 64}),
+        ("transformers", {"speculation": "ngram"}),
+        ("openai:http://localhost:1/v1", {"speculation": "off"}),
         ("ctranslate2", {"memory": "4GiB"}),
         ("ctranslate2", {"kv_cache": False}),
         ("ctranslate2", {"revision": "main"}),

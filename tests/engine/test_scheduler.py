@@ -112,7 +112,7 @@ def test_adapters_do_not_share_blocks() -> None:
     scheduler = make_scheduler()
     cache = FakeCache(scheduler)
     for index in range(2):
-        scheduler.add(make_sequence(index, list(range(12)), adapter=index))
+        scheduler.add(make_sequence(index, list(range(12)), adapter_number=index))
     finish(cache)
     assert scheduler.prefix_hit_tokens == 0
 
@@ -284,7 +284,7 @@ def test_random_schedules_conserve_blocks_and_finish_everything(
     for action, number, other in actions:
         if action.startswith("add"):
             prompt = list(range(number)) if action == "add-alike" else [100 * len(made) + one for one in range(number)]
-            sequence = make_sequence(len(made), prompt, max_tokens=other, adapter=number % 2)
+            sequence = make_sequence(len(made), prompt, max_tokens=other, adapter_number=number % 2)
             try:
                 scheduler.add(sequence)
                 made.append(sequence)

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from burnish.errors import CheckpointError, ConfigError
+from burnish.models.adapter_files import read_adapter_config
 from burnish.models.loading import load_decoder
-from burnish.train.adapter import load_adapter, read_adapter_config, save_adapter
+from burnish.models.peft_names import file_modules, target_suffixes
+from burnish.train.adapter import load_adapter, save_adapter
 from burnish.train.batches import collate
 from burnish.train.lora import LoraConfig, attach_lora, lora_modules, merge_adapter
 from burnish.train.losses import masked_cross_entropy
-from burnish.train.peft_names import file_modules, target_suffixes
 
 peft = pytest.importorskip("peft")
 

@@ -20,6 +20,7 @@ from burnish.engine.sampling import SamplingParams
 from burnish.errors import BurnishError, ConfigError
 from burnish.measure.formatting import format_bytes, format_milliseconds, format_rate, format_seconds
 from burnish.measure.memory import MemoryMeter, resident_bytes
+from burnish.models.adapter_files import is_adapter_folder
 from burnish.models.resolve import resolve_model
 from burnish.pipeline.opening import (
     EngineOptions,
@@ -31,7 +32,6 @@ from burnish.pipeline.opening import (
     recorded_data,
     required_tokenizer,
 )
-from burnish.train.adapter import is_adapter_folder
 
 HELP = """\
 /help            this list
@@ -296,6 +296,8 @@ class ChatSession:
             counted(len(self._done), "answer") + f", {prompts} tokens in, {outputs} out, {rate} tokens/s in + out\n"
             f"weights {format_bytes(stats.weights_bytes)}, KV {format_bytes(stats.kv_bytes)}, "
             f"peak memory {format_bytes(max(meter.peak_bytes, resident_bytes()))}\n"
+            f"{stats.drafted_tokens} tokens guessed, {stats.accepted_tokens} of them right "
+            f"(speculation {stats.speculation})\n"
             f"{stats.engine} engine, {stats.dtype}, {_threads(stats.threads)}, "
             f"load {format_seconds(self.opened.loaded_s)}, optimise {format_seconds(stats.optimise_s)}, "
             f"warm-up {format_seconds(stats.warmup_s)}"

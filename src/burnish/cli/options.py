@@ -100,6 +100,14 @@ KvDtype = Annotated[
 MaxBatchTokens = Annotated[
     int | None, typer.Option("--max-batch-tokens", help="Tokens computed in one step; prompts are read in such pieces.")
 ]
+Speculation = Annotated[
+    str,
+    typer.Option(
+        "--speculation",
+        help="ngram: guess tokens that copy the prompt or the answer and verify them, where it is measured to pay; "
+        "auto: so with few sequences at once; off. Answers are the same.",
+    ),
+]
 Template = Annotated[str, typer.Option("--template", help="Prompt template: auto, chat, alpaca or sql-context.")]
 Columns = Annotated[
     str | None,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from burnish.engine.native import NativeEngine
 from burnish.engine.outputs import EngineStats, RequestOutput, StreamEvent
 from burnish.engine.prompts import Prompt
+from burnish.engine.requests import one_answer
 from burnish.engine.sampling import SamplingParams
-from burnish.errors import RequestError, WorkerError
+from burnish.errors import WorkerError
 
 _News = StreamEvent | BaseException
 
@@ -23,6 +26,7 @@ class _Caller:
 
     prompt: Prompt
     params: SamplingParams
+    adapter: str | None
     loop: asyncio.AbstractEventLoop
     news: asyncio.Queue[_News] = field(default_factory=asyncio.Queue)
     request_id: int | None = None
@@ -59,23 +63,24 @@ class AsyncEngine:
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[StreamEvent, None]:
-        """Pieces of one answer as they come; the last event has the output.
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """Pieces of one answer as they come; the last event has the output. `adapter` as in `NativeEngine.generate`.
 
         Raises:
             RequestError: the prompt or its parameters cannot be honoured, or ask for several answers.
             WorkerError: the engine was closed meanwhile.
         """
-        params = params or SamplingParams()
-        if params.n != 1:
-            raise RequestError("several answers cannot be streamed", got=f"n={params.n}", expected="n=1")
-        async for event in self._events(prompt, params):
+        async for event in self._events(prompt, one_answer(params), adapter):
             yield event
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> RequestOutput:
         """One finished request; raises as `stream`, but several answers may be asked for."""
         output = None
-        async for event in self._events(prompt, params or SamplingParams()):
+        async for event in self._events(prompt, params or SamplingParams(), adapter):
             output = event.output
         assert output is not None
         return output
@@ -84,6 +89,14 @@ class AsyncEngine:
         """As `NativeEngine.stats`."""
         return self._engine.stats()
 
+    async def add_adapter(self, name: str, folder: str | Path) -> None:
+        """As `NativeEngine.add_adapter`; other requests run on before and after."""
+        await self._called(lambda: self._engine.add_adapter(name, folder))
+
+    async def remove_adapter(self, name: str) -> None:
+        """As `NativeEngine.remove_adapter`."""
+        await self._called(lambda: self._engine.remove_adapter(name))
+
     async def close(self) -> None:
         """Abort what is unfinished and end the thread. Callers that wait get a `WorkerError`; closing twice is well."""
         with self._changed:
@@ -91,8 +104,10 @@ class AsyncEngine:
             self._changed.notify()
         await asyncio.to_thread(self._thread.join)
 
-    async def _events(self, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[StreamEvent, None]:
-        caller = _Caller(prompt, params, asyncio.get_running_loop())
+    async def _events(
+        self, prompt: Prompt, params: SamplingParams, adapter: str | None
+    ) -> AsyncGenerator[StreamEvent, None]:
+        caller = _Caller(prompt, params, adapter, asyncio.get_running_loop())
         self._command(lambda: self._submit(caller))
         try:
             while True:
@@ -104,6 +119,21 @@ class AsyncEngine:
                     return
         finally:
             self._command(lambda: self._leave(caller), wanted=False)
+
+    async def _called(self, work: Callable[[], None]) -> None:
+        """Have the thread do this between two steps, and wait for it; raises what it raises."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def command() -> None:
+            try:
+                work()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._command(command)
+        await asyncio.wrap_future(done)
 
     def _command(self, command: Callable[[], None], *, wanted: bool = True) -> None:
         """Have the thread call this before its next step."""
@@ -141,7 +171,7 @@ class AsyncEngine:
 
     def _submit(self, caller: _Caller) -> None:
         try:
-            caller.request_id = self._engine.submit(caller.prompt, caller.params)
+            caller.request_id = self._engine.submit(caller.prompt, caller.params, adapter=caller.adapter)
         except BaseException as error:
             caller.tell(error)
         else:

@@ -10,7 +10,7 @@ from burnish.engine.torch_backend import TorchBackend
 from burnish.errors import ConfigError
 from burnish.models.decoder import Decoder
 
-BACKENDS = ("auto", "torch", "cpu")
+BACKENDS = ("auto", "torch", "cpu", "gpu")
 # The compiled kernels pad values to whole vectors.
 _CPU_LANES = 16
 KV_DTYPES = {
@@ -36,9 +36,19 @@ def parse_kv_dtype(kv_dtype: str | torch.dtype | None, *, dtype: torch.dtype) ->
 
 
 def choose_backend(
-    decoder: Decoder, *, kv_cache: bool, block_size: int, kv_dtype: torch.dtype, backend: str, optimise: bool
+    decoder: Decoder,
+    *,
+    kv_cache: bool,
+    block_size: int,
+    kv_dtype: torch.dtype,
+    backend: str,
+    optimise: bool,
+    adapted_head: bool = False,
 ) -> str:
     """The name of the one asked for, or of the fastest that can run this decoder without a second copy of its weights.
+
+    Args:
+        adapted_head: some adapter changes the output layer.
 
     Raises:
         ConfigError: the name is unknown, or that backend cannot run this decoder.
@@ -49,11 +59,17 @@ def choose_backend(
     # be there twice.
     if backend == "torch" or (backend == "auto" and not optimise):
         return "torch"
-    reason = _against_cpu(decoder, kv_cache=kv_cache, block_size=block_size, kv_dtype=kv_dtype)
+    wanted = ("gpu" if decoder.device.type == "cuda" else "cpu") if backend == "auto" else backend
+    if wanted == "gpu":
+        reason = _against_gpu(decoder, kv_cache=kv_cache, optimise=optimise)
+    else:
+        reason = _against_cpu(decoder, kv_cache=kv_cache, block_size=block_size, kv_dtype=kv_dtype)
+        if reason is None and adapted_head:
+            reason = "an adapter changes the output layer"
     if reason is None:
-        return "cpu"
-    if backend == "cpu":
-        raise ConfigError(f"the cpu backend cannot run this: {reason}", remedy="Choose backend auto or torch.")
+        return wanted
+    if backend != "auto":
+        raise ConfigError(f"the {backend} backend cannot run this: {reason}", remedy="Choose backend auto or torch.")
     return "torch"
 
 
@@ -92,6 +108,12 @@ def make_backend(
             max_tokens=max_batch_tokens,
             max_model_len=max_model_len,
         )
+    if name == "gpu":
+        from burnish.engine.gpu_backend import GpuBackend
+
+        return GpuBackend(
+            decoder, num_blocks=num_blocks, block_size=block_size, kv_dtype=kv_dtype, max_model_len=max_model_len
+        )
     return TorchBackend(
         decoder,
         num_blocks=num_blocks,
@@ -112,3 +134,16 @@ def _against_cpu(decoder: Decoder, *, kv_cache: bool, block_size: int, kv_dtype:
     except ImportError as error:
         return f"its kernels are not built ({error})"
     return cpu_backend.supports(decoder, kv_dtype, block_size=block_size)
+
+
+def _against_gpu(decoder: Decoder, *, kv_cache: bool, optimise: bool) -> str | None:
+    """Why the Triton kernels cannot be used; None where they can."""
+    if not kv_cache:
+        return "it always keeps a cache"
+    if not optimise:
+        return "it takes the decoder's weights over, and this one has to stay as it is"
+    try:
+        from burnish.engine import gpu_backend
+    except ImportError as error:
+        return f"triton is not installed (extra gpu): {error}"
+    return gpu_backend.supports(decoder)

@@ -7,19 +7,21 @@ int8 token by token).
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, c_void_p, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from burnish.engine import cpu_program
+from burnish.engine.cpu_adapters import adapter_structs
 from burnish.engine.cpu_program import CpuProgram
 from burnish.engine.paged_attention import untouched_zeros
-from burnish.engine.step import StepInputs
+from burnish.engine.step import AdapterMatrices, StepInputs
 from burnish.errors import OutOfMemoryError
 from burnish.kernels.cpu import library as cpu_library
-from burnish.kernels.cpu.structs import Format, StepStruct
+from burnish.kernels.cpu.structs import Adapter, Format, StepStruct
 from burnish.models.decoder import Decoder
 
 BLOCK_SIZE = 16
@@ -79,6 +81,7 @@ class CpuBackend:
         self._program.struct.kv_format = _KV_FORMATS[kv_dtype]
         self._kv = (config.num_kv_heads, config.head_dim, kv_dtype)
         self._cache = self._allocate(*self._kv)
+        self._adapters: object = None
         self._runtime: int | None = None
         self._max_tokens = 0
         self._make_runtime(max_tokens)
@@ -133,6 +136,20 @@ class CpuBackend:
         if self._library.functions.burnish_run(self._runtime, ctypes.addressof(struct)):
             raise OutOfMemoryError("the machine ran out of memory while generating")
         return out
+
+    def set_adapters(self, adapters: Sequence[AdapterMatrices | None]) -> None:
+        """See `Backend.set_adapters`.
+
+        Raises:
+            OutOfMemoryError: the larger buffers of a step do not fit.
+        """
+        struct = self._program.struct
+        structs = adapter_structs(adapters, num_layers=len(self._program.layers))
+        struct.num_adapters = len(adapters)
+        struct.adapters = cast(structs, POINTER(Adapter))
+        # What the structs point into has to stay as long as they do. Buffers depend on the ranks.
+        self._adapters = (structs, [*adapters])
+        self._make_runtime(self._max_tokens)
 
     def reset(self) -> None:
         """See `Backend.reset`."""

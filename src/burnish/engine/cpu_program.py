@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from burnish.compress.group_linear import GroupQuantizedLinear
 from burnish.compress.int8_linear import Int8Linear
+from burnish.kernels.cpu.arena import Arena
 from burnish.kernels.cpu.library import CpuLibrary
 from burnish.kernels.cpu.packing import (
     PackedLinear,
@@ -37,6 +38,8 @@ def against(decoder: Decoder) -> str | None:
     """Why this decoder cannot be packed; None where it can."""
     if decoder.dtype not in (torch.float32, torch.bfloat16):
         return f"its dtype is {str(decoder.dtype).removeprefix('torch.')}"
+    if decoder.config.head_dim % 2:
+        return f"its heads have {decoder.config.head_dim} features, an odd number"
     for layer, block in enumerate(decoder.model.layers):
         if not isinstance(block, Block) or type(block.self_attn) is not SelfAttention or type(block.mlp) is not MLP:
             return f"layer {layer} is laid out for torch"
@@ -65,6 +68,7 @@ class CpuProgram:
         self._library = library
         self._consume = consume
         self._held: dict[int, Tensor] = {}
+        self._arena = Arena()
         config = decoder.config
         self.layers = (Layer * config.num_layers)()
         self.struct = DecoderStruct(
@@ -201,10 +205,13 @@ class CpuProgram:
                 join([layer.weight for layer in layers]),
                 join([layer.weight_scale for layer in layers]),
                 bias_N=bias_N,
+                arena=self._arena,
             )
         else:
             weights = [part.get_parameter("weight").detach() for part in parts]
-            packed = pack_float(self._library, weights[0] if len(weights) == 1 else join(weights), bias_N=bias_N)
+            packed = pack_float(
+                self._library, weights[0] if len(weights) == 1 else join(weights), bias_N=bias_N, arena=self._arena
+            )
         for tensor in packed.tensors:
             self._held[tensor.data_ptr()] = tensor
         if self._consume and not keep:
@@ -230,6 +237,7 @@ class CpuProgram:
             group_size=layers[0].group_size,
             order_K=order_K,
             bias_N=bias_N,
+            arena=self._arena,
         )
 
     def _point(self, tensor: Tensor) -> c_void_p:

@@ -5,7 +5,10 @@ bfloat16 when the processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX)
 times as fast there; a large checkpoint that is stored in 16 bits also does so without such hardware when it has over
 a billion parameters, as float32 would double its memory. Everything else is float32.
 
-On a GPU: the checkpoint's own 16-bit dtype, else bfloat16; float16 where the card has no bfloat16.
+On a GPU: the checkpoint's own 16-bit dtype, else bfloat16; float16 where the card has no bfloat16 (compute capability
+below 8: T4, V100, P100). Models trained in bfloat16 may hold activations above 65,504, which float16 turns into
+infinities and soon into NaN: the engine then stops with an error that says so and never answers from such logits. They
+need float32 there, or a newer card.
 """
 
 from __future__ import annotations

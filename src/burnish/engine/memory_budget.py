@@ -24,6 +24,8 @@ FREE_SHARE_GPU = 0.85
 # Block lists are Python objects: beyond this they would cost memory of their own, and nobody needs four million tokens.
 MOST_BLOCKS = 1 << 18
 _LOGIT_COPIES = 3
+# A slab of rebuilt weights (see `kernels.gpu.weight_only`), the graphs' own memory, and laying one layer out.
+_BESIDE_CUDA = 320 * 2**20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -118,19 +120,27 @@ def step_bytes(demand: Demand) -> int:
     layer = working_set(config, tokens=demand.max_batch_tokens, dtype_bytes=size, gradients=False)
     kept = min(int(ALLOCATOR_LAYERS * layer), ALLOCATOR_LIMIT) if demand.device.type == "cpu" else 0
     logits = _LOGIT_COPIES * 4 * demand.max_num_seqs * config.vocab_size
-    return layer + kept + logits + (FIRST_USE_CPU["generate"] if demand.device.type == "cpu" else 0)
+    beside = FIRST_USE_CPU["generate"] if demand.device.type == "cpu" else _BESIDE_CUDA
+    return layer + kept + logits + beside
 
 
-def limit_card(device: torch.device, memory: int) -> None:
-    """Make torch refuse to take more of this GPU than a card of `memory` bytes would give it.
+def limit_card(device: torch.device, memory: str | int | None) -> None:
+    """Make torch refuse to take more of a GPU than a card of `memory` would give it, for the whole process.
+
+    To be called before anything is loaded, so that loading has to fit as well. Does nothing on a CPU or without a size.
 
     Raises:
-        ConfigError: the card is not so large.
+        ConfigError: the size is malformed, or the card is not so large.
     """
+    if device.type != "cuda" or memory is None:
+        return
+    wanted = parse_bytes(memory, name="memory")
+    # torch limits devices by number only.
+    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
     total = torch.cuda.get_device_properties(device).total_memory
-    if memory > total:
-        raise ConfigError("memory is more than the GPU has", got=_shown(memory), expected=f"at most {_shown(total)}")
-    torch.cuda.set_per_process_memory_fraction(max(0, memory - RUNTIME_CUDA) / total, device)
+    if wanted > total:
+        raise ConfigError("memory is more than the GPU has", got=_shown(wanted), expected=f"at most {_shown(total)}")
+    torch.cuda.set_per_process_memory_fraction(max(0, wanted - RUNTIME_CUDA) / total, device)
 
 
 def _left_of(memory: int, demand: Demand) -> int:

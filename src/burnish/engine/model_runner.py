@@ -39,6 +39,13 @@ class ModelRunner:
         self.drafted_tokens = 0
         self.accepted_tokens = 0
 
+    def prepare(self, max_num_seqs: int) -> None:
+        """Let a backend that captures graphs do so now, for as many sequences."""
+        warm_up = getattr(self.backend, "warm_up", None)
+        if warm_up is not None:
+            with _memory_errors():
+                warm_up(max_num_seqs)
+
     def run(self, batch: Batch) -> None:
         """Compute the batch; the sequences of rows that sample receive their next tokens.
 

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from burnish.compress.optimise import OptimiseReport
+from burnish.engine.adapters import AdapterSet, adapter_of_each
 from burnish.engine.backends import choose_backend, make_backend, parse_kv_dtype, value_width
 from burnish.engine.block_manager import BLOCK_SIZE, BlockManager
-from burnish.engine.drafter import Drafter
+from burnish.engine.drafter import Drafter, make_drafter
+from burnish.engine.engine_options import check_counts, check_no_cache_asked
 from burnish.engine.logprobs import PromptLogprobs
-from burnish.engine.memory_budget import Demand, limit_card, longest_window, parse_bytes, plan_blocks
-from burnish.engine.model_loading import check_same, load_for_engine
+from burnish.engine.memory_budget import Demand, limit_card, longest_window, plan_blocks
+from burnish.engine.model_loading import open_model
 from burnish.engine.model_runner import ModelRunner
 from burnish.engine.outputs import EngineStats, RequestOutput, StreamEvent
 from burnish.engine.prompts import Prompt, TextTokenizer
 from burnish.engine.request import Request
-from burnish.engine.requests import RequestFactory, context_length
+from burnish.engine.requests import RequestFactory, context_length, one_answer
 from burnish.engine.rope_lengths import longest_context, rope_lengths
 from burnish.engine.sampling import SamplingParams
 from burnish.engine.scheduler import Scheduler
 from burnish.engine.sequence import Sequence
 from burnish.engine.step_clock import StepClock
-from burnish.engine.tokenizer_folder import load_tokenizer
-from burnish.errors import ConfigError, RequestError
 from burnish.models.decoder import Decoder
-from burnish.models.loading import resolve_model
 
 _SCORED_BYTES = 64 * 2**20
 
@@ -52,17 +50,20 @@ class NativeEngine:
         block_size: tokens per block of the cache.
         prefix_caching: prompts that begin alike are computed once, while the blocks last.
         kv_cache: False computes everything anew for each token, to show what the cache is worth.
-        backend: "auto", "torch" or "cpu"; see `backends`.
+        backend: "auto", "torch", "cpu" or "gpu"; see `backends`.
         threads: of torch, for the whole process; None leaves them.
         optimise: join and lay out plain linears for this hardware; None does so for models loaded here.
         quantize: "int8", "int4", "auto" or "none": the linears of a dense checkpoint, while it is read.
         weights_cache: keep quantized weights on disk for the next time; see `compress.optimise_cache`.
+        speculation: "auto" guesses tokens that copy the prompt or the answer while few sequences run, "ngram" whatever
+            runs, both where that is measured to pay; "off" never. Answers are the same.
+        adapters: folders of LoRA adapters in PEFT's format by the names that requests choose them with.
 
     Raises:
         ConfigError, CheckpointError: an option is out of range, or the model cannot be loaded.
 
     Attributes:
-        drafter: guesses tokens for the next step to verify; None does not speculate.
+        drafter: guesses tokens for the next step to verify; None does not.
         optimised: what loading did to the weights; None for a model handed in.
     """
 
@@ -89,51 +90,40 @@ class NativeEngine:
         optimise: bool | None = None,
         quantize: str = "none",
         weights_cache: bool = True,
+        speculation: str = "auto",
+        adapters: Mapping[str, str | Path] | None = None,
         revision: str | None = None,
         offline: bool = False,
         allow_pickle: bool = False,
     ) -> None:
-        counts = {
-            "max_num_seqs": max_num_seqs,
-            "max_batch_tokens": max_batch_tokens,
-            "block_size": block_size,
-            "threads": threads,
-        }
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is out of range", got=value, expected="1 or more")
-        for name, size in (("memory", memory), ("kv_memory", kv_memory)):
-            if size is not None and not kv_cache:
-                raise ConfigError(f"{name} bounds the KV cache, and there is none without kv_cache")
+        check_counts(
+            max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens, block_size=block_size, threads=threads
+        )
+        if not kv_cache:
+            check_no_cache_asked(memory=memory, kv_memory=kv_memory)
         if threads is not None:
             torch.set_num_threads(threads)
-        started = time.perf_counter()
-        if isinstance(model, Decoder):
-            check_same(model, dtype, torch.device(device))
-            if quantize != "none":
-                raise ConfigError("a decoder that is handed in keeps its weights", got=f"quantize {quantize}")
-            self.decoder = model.eval()
-            self.optimised: OptimiseReport | None = None
-            self._load_s = 0.0
-        else:
-            folder = resolve_model(model, revision=revision, offline=offline, allow_pickle=allow_pickle)
-            loaded = load_for_engine(
-                folder,
-                dtype=dtype,
-                device=torch.device(device),
-                quantize=quantize,
-                weights_cache=weights_cache,
-                allow_pickle=allow_pickle,
-            )
-            self.decoder, self.optimised = loaded.decoder, loaded.report
-            tokenizer = tokenizer or load_tokenizer(folder)
-            self._load_s = time.perf_counter() - started
+        self._speculation = speculation
+        self.drafter: Drafter | None = make_drafter(speculation, kv_cache=kv_cache)
+        limit_card(model.device if isinstance(model, Decoder) else torch.device(device), memory)
+        loaded = open_model(
+            model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=torch.device(device),
+            quantize=quantize,
+            weights_cache=weights_cache,
+            revision=revision,
+            offline=offline,
+            allow_pickle=allow_pickle,
+        )
+        self.decoder, self.tokenizer, self.optimised = loaded.decoder, loaded.tokenizer, loaded.optimised
+        self._load_s = loaded.load_s
+        self._adapters = AdapterSet(self.decoder, adapters)
         config = self.decoder.config
         self.max_model_len = context_length(
             max_model_len, longest=longest_context(config), unlimited=config.position == "alibi"
         )
-        if self.decoder.device.type == "cuda" and memory is not None:
-            limit_card(self.decoder.device, parse_bytes(memory, name="memory"))
         started = time.perf_counter()
         cache_dtype = parse_kv_dtype(kv_dtype, dtype=self.decoder.dtype)
         may_change = model is not self.decoder if optimise is None else optimise
@@ -144,6 +134,7 @@ class NativeEngine:
             kv_dtype=cache_dtype,
             backend=backend,
             optimise=may_change,
+            adapted_head=self._adapters.reaches_output_layer,
         )
         demand = Demand(
             config=config,
@@ -169,14 +160,14 @@ class NativeEngine:
             optimise=may_change,
         )
         assert made.kv_bytes <= num_blocks * demand.block_bytes
+        self._adapters.attach(made)
         self._optimise_s = time.perf_counter() - started
         self._warmup_s = 0.0
-        self.tokenizer = tokenizer
         self._requests_of = RequestFactory(
-            tokenizer,
+            self.tokenizer,
             vocab_size=config.vocab_size,
             max_model_len=self.max_model_len,
-            end_ids=frozenset(config.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer is not None else ()),
+            end_ids=frozenset(config.eos_ids) | frozenset(self.tokenizer.eos_ids if self.tokenizer is not None else ()),
         )
         blocks = BlockManager(
             num_blocks, block_size=block_size, prefix_caching=prefix_caching, window=longest_window(config)
@@ -190,7 +181,6 @@ class NativeEngine:
             block_bytes=demand.block_bytes,
         )
         self.runner = ModelRunner(made, max_batch_tokens=max_batch_tokens)
-        self.drafter: Drafter | None = None
         self._clock = StepClock()
         self._prompt_tokens = 0
         self._unfinished: dict[int, Request] = {}
@@ -199,19 +189,31 @@ class NativeEngine:
         self._late: list[Request] = []
 
     def generate(
-        self, prompts: SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None = None
+        self,
+        prompts: SequenceOf[Prompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        adapter: str | SequenceOf[str | None] | None = None,
     ) -> Generator[RequestOutput, None, None]:
-        """See `Engine.generate`. A request with `params.n` above 1 gives one output with so many `choices`."""
+        """See `Engine.generate`. A request with `params.n` above 1 gives one output with so many `choices`.
+
+        Args:
+            adapter: name of the adapter to answer with, one for all or one for each prompt; None is the base alone.
+        """
         pairs = self._requests_of.pairs(prompts, params)
-        return self._run_all([self._make(prompt, one, index=index) for index, (prompt, one) in enumerate(pairs)])
+        names = adapter_of_each(adapter, len(pairs))
+        every = enumerate(zip(pairs, names))
+        return self._run_all([self._make(*pair, adapter=name, index=index) for index, (pair, name) in every])
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamEvent, None, None]:
-        """See `Engine.stream`."""
-        return self._run_streaming(self._make(prompt, _one_answer(params), index=0))
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Generator[StreamEvent, None, None]:
+        """See `Engine.stream`; `adapter` as in `generate`."""
+        return self._run_streaming(self._make(prompt, one_answer(params), adapter=adapter, index=0))
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None) -> int:
         """Queue a request for callers that drive `step` themselves; returns its id, which is its output's `index`."""
-        request = self._make(prompt, params or SamplingParams())
+        request = self._make(prompt, params or SamplingParams(), adapter=adapter)
         request.followed = True
         self._add(request)
         return request.request_id
@@ -227,6 +229,23 @@ class NativeEngine:
                 self.scheduler.abort(sequence)
                 sequence.finish("aborted", now_s=time.perf_counter())
 
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Serve another LoRA adapter (PEFT's format), between steps.
+
+        Raises:
+            ConfigError: the name is taken, or the adapter does not fit the base or the backend.
+            CheckpointError: a file is missing or corrupt.
+        """
+        self._adapters.add(name, folder)
+
+    def remove_adapter(self, name: str) -> None:
+        """Serve an adapter no longer.
+
+        Raises:
+            ConfigError: there is none of this name, or an unfinished request uses it.
+        """
+        self._adapters.remove(name, sequences=list(self._request_of))
+
     def step(self) -> list[RequestOutput]:
         """Run one batch; returns the requests that it finished."""
         return [request.output() for request in self._step() if request.finished]
@@ -241,6 +260,7 @@ class NativeEngine:
         started = time.perf_counter()
         params = SamplingParams(max_tokens=min(4, self.max_model_len - 1), ignore_eos=True)
         prompt = [0] * min(16, self.max_model_len - params.max_tokens)
+        self.runner.prepare(self.scheduler.max_num_seqs)
         for count in (1, min(4, self.scheduler.max_num_seqs)):
             for _ in self.generate([prompt] * count, params):
                 pass
@@ -278,14 +298,21 @@ class NativeEngine:
             backend_s=runner.backend_s,
             prompt_tokens=self._prompt_tokens,
             output_tokens=runner.output_tokens,
+            speculation=self._speculation,
             drafted_tokens=runner.drafted_tokens,
             accepted_tokens=runner.accepted_tokens,
+            adapters=tuple(self._adapters.names),
+            adapter_bytes=self._adapters.num_bytes,
             tokens_per_s=self._clock.tokens_per_s(),
         )
 
-    def _make(self, prompt: Prompt, params: SamplingParams, *, index: int | None = None) -> Request:
+    def _make(
+        self, prompt: Prompt, params: SamplingParams, *, adapter: str | None, index: int | None = None
+    ) -> Request:
+        self._adapters.check(adapter)
         sequences = self._requests_of.make_choices(prompt, params, index=index)
         for sequence in sequences:
+            sequence.adapter_name = adapter
             self.scheduler.check_fits(sequence)
         if params.prompt_logprobs is not None:
             sequences[0].prompt_logprobs = PromptLogprobs(params.prompt_logprobs, sequences[0].prompt_ids)
@@ -293,6 +320,8 @@ class NativeEngine:
 
     def _add(self, request: Request) -> None:
         now_s = time.perf_counter()
+        for sequence in request.sequences:
+            self._adapters.assign(sequence)
         self._unfinished[request.request_id] = request
         self._prompt_tokens += len(request.sequences[0].prompt_ids)
         for sequence in request.sequences:
@@ -329,14 +358,18 @@ class NativeEngine:
         before = self.runner.output_tokens
         with self._recomputed_after_failure():
             advanced = dict.fromkeys(self._late)
-            if self.drafter is not None:
-                self.drafter.draft([one for one in self.scheduler.running if one.num_uncomputed == 1])
+            running = self.scheduler.running
+            if self.drafter is not None and all(one.num_uncomputed == 1 for one in running):
+                # Where a prompt is read the step is bound by arithmetic, and guesses are not cheap.
+                self.drafter.draft(running)
             batch = self.scheduler.schedule()
             if batch is not None:
                 self.runner.run(batch)
                 self.scheduler.postprocess(batch)
                 advanced |= {self._request_of[row.sequence]: None for row in batch.rows if row.samples}
-                self._clock.count(started, tokens=self.runner.output_tokens - before)
+                seconds = self._clock.count(started, tokens=self.runner.output_tokens - before)
+                if self.drafter is not None and batch.decoding:
+                    self.drafter.observe(batch.num_tokens, seconds)
             self._late = []
             for request in advanced:
                 if request.finished:
@@ -359,10 +392,3 @@ class NativeEngine:
             self.runner.backend.reset()
             self._late = [request for request in requests if request.finished]
             raise
-
-
-def _one_answer(params: SamplingParams | None) -> SamplingParams:
-    params = params or SamplingParams()
-    if params.n != 1:
-        raise RequestError("several answers cannot be streamed", got=f"n={params.n}", expected="n=1")
-    return params

@@ -107,7 +107,9 @@ class EngineStats:
         prefix_hit_tokens: prompt tokens that needed no computing.
         steps: steps run so far; `step_s` seconds in all, `backend_s` of them computing the model.
         prompt_tokens, output_tokens: tokens of requests begun, and tokens produced.
+        speculation: how the next tokens are guessed: "ngram", "auto" or "off".
         drafted_tokens, accepted_tokens: guesses verified, and right ones among them.
+        adapters: names of the adapters served; `adapter_bytes` of matrices in all.
         tokens_per_s: tokens produced per second over the last seconds.
     """
 
@@ -137,14 +139,22 @@ class EngineStats:
     backend_s: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    speculation: str = "off"
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    adapters: tuple[str, ...] = ()
+    adapter_bytes: int = 0
     tokens_per_s: float = 0.0
 
     @property
     def overhead_s(self) -> float:
         """Seconds of all steps spent outside the model: scheduling, sampling, text."""
         return self.step_s - self.backend_s
+
+    @property
+    def saved_steps(self) -> int:
+        """Steps that requests did not have to wait for: each right guess would have been a step of its own."""
+        return self.accepted_tokens
 
 
 def make_metrics(*, prompt_tokens: int, arrival_s: float, token_times_s: list[float], end_s: float) -> RequestMetrics:

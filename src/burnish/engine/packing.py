@@ -33,7 +33,7 @@ class PackedAttention(nn.Module):
     def __init__(self, attention: SelfAttention) -> None:
         super().__init__()
         self.layer, self.spec, self.head_dim = attention.layer, attention.spec, attention.head_dim
-        self.qkv_proj = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.qkv_proj = joined([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o_proj = attention.o_proj
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
 
@@ -60,7 +60,7 @@ class PackedMLP(nn.Module):
         super().__init__()
         assert isinstance(mlp.gate_proj, nn.Linear)
         self.activation = mlp.activation
-        self.gate_up_proj = _joined([mlp.gate_proj, mlp.up_proj])
+        self.gate_up_proj = joined([mlp.gate_proj, mlp.up_proj])
         self.down_proj = mlp.down_proj
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -98,11 +98,11 @@ def pack_decoder(decoder: Decoder) -> int:
         prepack = decoder.device.type == "cpu" and decoder.dtype == torch.bfloat16 and prepacking_works()
         for block in decoder.model.layers:
             attention, mlp = block.self_attn, block.mlp
-            if isinstance(attention, SelfAttention) and _joinable(attention.q_proj, attention.k_proj, attention.v_proj):
+            if isinstance(attention, SelfAttention) and joinable(attention.q_proj, attention.k_proj, attention.v_proj):
                 block.self_attn = PackedAttention(attention)
                 attention.q_proj = attention.k_proj = attention.v_proj = None  # type: ignore[assignment]
                 packed += 1
-            if isinstance(mlp, MLP) and _joinable(mlp.gate_proj, mlp.up_proj):
+            if isinstance(mlp, MLP) and joinable(mlp.gate_proj, mlp.up_proj):
                 block.mlp = PackedMLP(mlp)
                 mlp.gate_proj = mlp.up_proj = None  # type: ignore[assignment]
                 packed += 1
@@ -147,20 +147,20 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
-def _joinable(*linears: Any) -> bool:
+def joinable(*linears: Any) -> bool:
     return all(type(linear) is nn.Linear for linear in linears) and (
         len({(linear.weight.dtype, linear.bias is None) for linear in linears}) == 1
     )
 
 
-def _joined(linears: list[nn.Linear]) -> nn.Linear:
+def joined(linears: list[nn.Linear]) -> nn.Linear:
     """One linear whose outputs are those of `linears`, one after the other."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
-    joined.weight = nn.Parameter(weight, requires_grad=False)
+    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    whole.weight = nn.Parameter(weight, requires_grad=False)
     if linears[0].bias is not None:
-        joined.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
-    return joined
+        whole.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+    return whole
 
 
 def _prepack_children(module: nn.Module) -> int:

@@ -57,6 +57,7 @@ def make_engine(
     max_num_seqs: int = 32,
     max_model_len: int | None = None,
     max_batch_tokens: int | None = None,
+    speculation: str = "auto",
     threads: int | None = None,
     kv_cache: bool = True,
     revision: str | None = None,
@@ -65,9 +66,9 @@ def make_engine(
 ) -> Engine:
     """Load `model` into the engine of this name; the options are `NativeEngine`'s.
 
-    The others honour a part of them and refuse the rest: "transformers" everything up to `kv_cache` but those of memory
-    and quantizing, "ctranslate2" a CTranslate2 folder with dtype, threads and quantize int8, "openai:URL" or
-    "openai:URL#NAME" a server (`model` is not loaded) with `max_num_seqs` requests at once.
+    The others honour a part of them and refuse the rest: "transformers" everything up to `kv_cache` but those of
+    memory, quantizing and speculation, "ctranslate2" a CTranslate2 folder with dtype, threads and quantize int8,
+    "openai:URL" or "openai:URL#NAME" a server (`model` is not loaded) with `max_num_seqs` requests at once.
 
     Raises:
         ConfigError: there is no such engine, or it cannot honour an option.
@@ -85,6 +86,7 @@ def make_engine(
             ("kv_memory", kv_memory),
             ("kv_dtype", kv_dtype),
             ("max_batch_tokens", max_batch_tokens),
+            ("speculation", None if speculation == "auto" else speculation),
         )
         if value is not None
     }

@@ -119,6 +119,18 @@ class RequestFactory:
         return list(zip(prompts, every))
 
 
+def one_answer(params: SamplingParams | None) -> SamplingParams:
+    """The parameters of a request that is streamed.
+
+    Raises:
+        RequestError: they ask for several answers.
+    """
+    params = params or SamplingParams()
+    if params.n != 1:
+        raise RequestError("several answers cannot be streamed", got=f"n={params.n}", expected="n=1")
+    return params
+
+
 def context_length(asked: int | None, *, longest: int, unlimited: bool) -> int:
     """`max_model_len` to use: what was asked for, or all that the model was made for.
 

@@ -44,7 +44,7 @@ class RopeLengths:
 
     def _salt(self, sequence: Sequence) -> None:
         bucket = 0 if self.limit is None else max(sequence.rope_len, self.limit)
-        sequence.cache_salt = (sequence.adapter, bucket)
+        sequence.cache_salt = (sequence.adapter_number, bucket)
 
 
 def rope_lengths(config: ModelConfig, *, max_model_len: int) -> RopeLengths:

@@ -49,6 +49,15 @@ class Batch:
 
     rows: list[Row]
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.end - row.start for row in self.rows)
+
+    @property
+    def decoding(self) -> bool:
+        """Every row is one token of an answer, and its drafts."""
+        return all(row.samples and row.end - row.start == 1 + len(row.drafts) for row in self.rows)
+
 
 class Scheduler:
     """Continuous batching over a paged cache.
@@ -217,12 +226,18 @@ class Scheduler:
             others = len(decoding) - place - 1
             room = min(budget - 1 - others, sequence.max_tokens - len(sequence.token_ids) - 1)
             drafts = tuple(sequence.drafts[: max(0, room)])
-            if drafts and not blocks.reserve(sequence, sequence.num_tokens + len(drafts)):
+            if drafts and not self._reserve_drafts(blocks, sequence, len(drafts), others):
                 drafts = ()
             if self._reserve(blocks, sequence, sequence.num_tokens, rows):
                 rows[sequence] = self._row(sequence, sequence.num_tokens, drafts)
                 budget -= 1 + len(drafts)
         return budget
+
+    def _reserve_drafts(self, blocks: BlockManager, sequence: Sequence, count: int, others: int) -> bool:
+        """Find blocks for drafts, never at the cost of sequences that decode as well."""
+        wanted = sequence.num_tokens + count
+        missing = blocks.blocks_for(wanted) - len(sequence.block_table)
+        return missing + (others if missing > 0 else 0) <= blocks.num_free and blocks.reserve(sequence, wanted)
 
     def _reserve(self, blocks: BlockManager, sequence: Sequence, num_tokens: int, rows: dict[Sequence, Row]) -> bool:
         """Find blocks for a running sequence, at the cost of those that came last; False when it is itself the last."""

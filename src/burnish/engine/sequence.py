@@ -28,7 +28,9 @@ class Sequence:
         prompt_ids: the prompt's tokens, at least one.
         end_ids: tokens that end the answer (the model's and the request's).
         max_tokens: `params.max_tokens`, cut to what the context leaves.
-        adapter: index of the LoRA adapter it runs with, -1 for none.
+        adapter_name: the LoRA adapter it runs with, None for the base alone.
+        adapter, adapter_number: that adapter's index, -1 for none, and the number by which the cache tells it apart, 0
+            for none; set when the sequence is queued.
         choice: which of the request's `params.n` answers this is.
         prompt_logprobs: gathers the prompt's own log-probabilities.
         logprobs: of the tokens in `token_ids`, where they are asked for.
@@ -55,7 +57,9 @@ class Sequence:
     max_tokens: int
     text: TextStream
     token_ids: list[int] = field(default_factory=list)
+    adapter_name: str | None = None
     adapter: int = -1
+    adapter_number: int = 0
     choice: int = 0
     constraint: Constraint | None = None
     prompt_logprobs: PromptLogprobs | None = None

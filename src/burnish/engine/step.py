@@ -7,12 +7,19 @@ Shapes: T tokens, S sequences, L positions whose logits are wanted, N blocks of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+AdapterMatrices: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
+"""A (rank, in) and B (out, rank) of a low-rank adapter by the linears' canonical names: y += (x A') B'.
+
+Both are float32, contiguous and on the CPU; the scaling is multiplied into B.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +56,7 @@ class Backend(Protocol):
     """Computes steps, and owns the KV cache's memory.
 
     Attributes:
-        name: "torch" or "cpu".
+        name: "torch", "cpu" or "gpu".
         num_blocks, block_size: the cache's; block ids are 0 .. num_blocks - 1.
         kv_bytes: bytes of the cache as allocated.
         weights_bytes: bytes of the tensors it computes with, each storage once.
@@ -72,6 +79,16 @@ class Backend(Protocol):
         Returns:
             greedy: (L,) int64 arg-max ids, the lowest id among equals, -1 where the logits are NaN.
             Otherwise (L, V) float32 logits, which the caller may change in place until the next call.
+        """
+        ...
+
+    def set_adapters(self, adapters: Sequence[AdapterMatrices | None]) -> None:
+        """Serve these adapters from now on, by their index in `StepInputs.adapters_S`; None is a place not used.
+
+        Called between steps. The matrices are not changed by anybody afterwards.
+
+        Raises:
+            ConfigError: this backend cannot compute one of them; those from before are still served.
         """
         ...
 

@@ -15,13 +15,14 @@ class StepClock:
         self.total_s = 0.0
         self._recent: deque[tuple[float, float, int]] = deque()
 
-    def count(self, started: float, *, tokens: int) -> None:
-        """Note a step that began at `started` (of `time.perf_counter`) and ends now."""
+    def count(self, started: float, *, tokens: int) -> float:
+        """Note a step that began at `started` (of `time.perf_counter`) and ends now; returns its seconds."""
         now = time.perf_counter()
         self.total_s += now - started
         self._recent.append((started, now, tokens))
         while self._recent[0][1] < now - _SECONDS:
             self._recent.popleft()
+        return now - started
 
     def tokens_per_s(self) -> float:
         """Tokens per second over the steps of the last seconds, idle time between and after them included."""

@@ -5,13 +5,16 @@ Shapes: T packed tokens, L positions whose logits are wanted, D hidden, V vocabu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from burnish.engine.adapter_hooks import AdapterHooks
 from burnish.engine.packing import weights_bytes
 from burnish.engine.paged_attention import KVStore, PagedAttention
-from burnish.engine.step import StepInputs
+from burnish.engine.step import AdapterMatrices, StepInputs
 from burnish.models.decoder import Decoder
 
 
@@ -19,7 +22,7 @@ class TorchBackend:
     """A `Backend` over any decoder.
 
     Args:
-        decoder: only read.
+        decoder: only read; while adapters are served it carries hooks.
         num_blocks: 0 keeps nothing: then every row has to begin at its sequence's first token.
         kv_dtype: of the cache; None is the decoder's own.
         packed_linears: how many of the decoder's linears were joined or laid out before; told to others.
@@ -45,6 +48,7 @@ class TorchBackend:
         config = decoder.config
         self._windows = {config.window(layer) for layer in range(config.num_layers)}
         self._store = self._make_store()
+        self._adapters = AdapterHooks(decoder)
 
     @property
     def kv_bytes(self) -> int:
@@ -57,7 +61,14 @@ class TorchBackend:
     @torch.inference_mode()
     def forward(self, step: StepInputs, *, greedy: bool) -> Tensor:
         """See `Backend.forward`."""
-        assert (step.adapters_S < 0).all()
+        with self._adapters.selected(step):
+            return self._forward(step, greedy=greedy)
+
+    def set_adapters(self, adapters: Sequence[AdapterMatrices | None]) -> None:
+        """See `Backend.set_adapters`."""
+        self._adapters.set_adapters(adapters)
+
+    def _forward(self, step: StepInputs, *, greedy: bool) -> Tensor:
         tokens_BT = self._upload(step.tokens_T)[None]
         positions_BT = self._upload(step.positions_T)[None]
         attention = PagedAttention(step, self._store, windows=self._windows, device=self.device)

@@ -279,7 +279,7 @@ class Decoder(nn.Module):
         checkpointed = self.gradient_checkpointing and self.training and attention is None and torch.is_grad_enabled()
         if attention is None:
             attention = FullCausal()
-        tables = self._rope_tables(positions_BT, x_BTD.dtype, lengths_BT)
+        tables = self.rope_tables(positions_BT, x_BTD.dtype, lengths_BT)
         for layer, block in enumerate(trunk.layers):
             rope = None if tables is None else tables[self.config.window(layer) is not None]
             if checkpointed:
@@ -295,9 +295,10 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _rope_tables(
+    def rope_tables(
         self, positions_BT: Tensor, dtype: torch.dtype, lengths_BT: Tensor | None
     ) -> tuple[RopeTable, RopeTable] | None:
+        """The rotations of layers without and with a window at these positions; None without rotary positions."""
         if self._ropes is None:
             return None
         main, local = self._ropes

@@ -6,11 +6,11 @@ from burnish.engine.protocol import Engine
 from burnish.errors import ConfigError
 from burnish.measure.bench import BenchResult, VersusResult, Workload, run_bench, run_versus
 from burnish.measure.memory import resident_bytes
+from burnish.models.adapter_files import is_adapter_folder
 from burnish.models.checkpoint import read_config
 from burnish.models.loading import load_config, resolve_model
 from burnish.pipeline.opening import EngineOptions, Source, open_engine
 from burnish.pipeline.progress import Progress, silent
-from burnish.train.adapter import is_adapter_folder
 
 
 def bench(

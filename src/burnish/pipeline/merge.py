@@ -12,6 +12,7 @@ from burnish.errors import ConfigError
 from burnish.measure.compare import GateLimits, compare_models
 from burnish.measure.json_values import to_plain
 from burnish.measure.memory import MemoryMeter
+from burnish.models.adapter_files import is_adapter_folder, read_adapter_config
 from burnish.models.loading import parse_dtype, save_decoder
 from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import held_out
@@ -20,7 +21,6 @@ from burnish.pipeline.manifest import describe_input, write_manifest
 from burnish.pipeline.opening import Source, check_output, data_of, open_decoder
 from burnish.pipeline.predicted import predicted_merge_peak
 from burnish.pipeline.progress import Progress, silent
-from burnish.train.adapter import is_adapter_folder, read_adapter_config
 from burnish.train.lora import merge_adapter
 
 

@@ -12,16 +12,18 @@ import torch
 
 from burnish.compress.optimise import OptimiseReport, check_quantize, load_optimised
 from burnish.data.tokenizer import Tokenizer
+from burnish.engine.drafter import check_speculation
 from burnish.engine.dtype_rule import pick_dtype
 from burnish.engine.native import NativeEngine
 from burnish.engine.protocol import Engine, make_engine
 from burnish.engine.tokenizer_folder import load_tokenizer
 from burnish.errors import CheckpointError, ConfigError
+from burnish.models.adapter_files import is_adapter_folder, read_adapter_config
 from burnish.models.checkpoint import read_config
 from burnish.models.decoder import Decoder
 from burnish.models.loading import config_of, parse_dtype, resolve_model
 from burnish.pipeline.manifest import describe_input, read_manifest
-from burnish.train.adapter import is_adapter_folder, load_adapter, read_adapter_config
+from burnish.train.adapter import load_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class EngineOptions:
         kv_memory: memory of the KV cache alone.
         kv_dtype: of the KV cache: "auto", "float32", "bfloat16", "float16" or "int8".
         max_batch_tokens: tokens computed in one step.
+        speculation: "auto", "ngram" or "off": whether the next tokens are guessed and verified.
         kv_cache: False recomputes every token, to show what the cache is worth.
     """
 
@@ -71,10 +74,12 @@ class EngineOptions:
     kv_memory: str | int | None = None
     kv_dtype: str | None = None
     max_batch_tokens: int | None = None
+    speculation: str = "auto"
     kv_cache: bool = True
 
     def __post_init__(self) -> None:
         check_quantize(self.quantize)
+        check_speculation(self.speculation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +254,7 @@ def engine_of(
         kv_memory=options.kv_memory,
         kv_dtype=options.kv_dtype,
         kv_cache=options.kv_cache,
+        speculation=options.speculation,
         optimise=optimise,
         **asked,
     )

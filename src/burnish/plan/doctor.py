@@ -23,6 +23,7 @@ EXTRAS = {
     "hf": ("transformers",),
     "data": ("datasets", "pyarrow"),
     "constrained": ("llguidance",),
+    "gpu": ("triton",),
     "ct2": ("ctranslate2",),
     "dev": ("pytest", "hypothesis", "ruff", "sentencepiece"),
 }

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from burnish.errors import ConfigError
+from burnish.models.adapter_files import lora_scale
 from burnish.models.linears import get_module, set_module
+from burnish.models.peft_names import fused_groups
 from burnish.train.lora_function import lora_linear
-from burnish.train.peft_names import fused_groups
 
 # R rank, I in features, O out features
 
@@ -62,7 +63,7 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         """Factor of B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return lora_scale(rank=self.rank, alpha=self.alpha, rank_stabilized=self.rank_stabilized)
 
 
 class LoraLinear(nn.Module):

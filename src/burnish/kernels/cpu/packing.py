@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from burnish.errors import ConfigError
+from burnish.kernels.cpu.arena import Arena
 from burnish.kernels.cpu.library import CpuLibrary
 from burnish.kernels.cpu.structs import Format, Linear
 
@@ -33,25 +34,34 @@ class PackedLinear:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
 
-def pack_float(library: CpuLibrary, weight_NK: Tensor, *, bias_N: Tensor | None = None) -> PackedLinear:
+def pack_float(
+    library: CpuLibrary, weight_NK: Tensor, *, bias_N: Tensor | None = None, arena: Arena | None = None
+) -> PackedLinear:
     """A float32 or bfloat16 weight in its own dtype; other dtypes become float32."""
     if weight_NK.dtype not in (torch.float32, torch.bfloat16):
         weight_NK = weight_NK.float()
     num_outputs, num_inputs = weight_NK.shape
     short = weight_NK.dtype == torch.bfloat16
     struct = _linear(Format.BF16 if short else Format.F32, num_outputs, num_inputs)
-    packed = torch.zeros(struct.num_panels * LANES * struct.k_padded, dtype=weight_NK.dtype)
+    packed = (arena or Arena()).zeros(struct.num_panels * LANES * struct.k_padded, weight_NK.dtype)
     rows = weight_NK.detach().contiguous()
     pack = library.functions.burnish_pack_bf16 if short else library.functions.burnish_pack_f32
     pack(rows.data_ptr(), num_outputs, num_inputs, rows.stride(0), struct.k_padded, packed.data_ptr())
     return _finished(struct, weight=packed, bias=_padded(bias_N, struct))
 
 
-def pack_int8(library: CpuLibrary, weight_NK: Tensor, scale_N: Tensor, *, bias_N: Tensor | None = None) -> PackedLinear:
+def pack_int8(
+    library: CpuLibrary,
+    weight_NK: Tensor,
+    scale_N: Tensor,
+    *,
+    bias_N: Tensor | None = None,
+    arena: Arena | None = None,
+) -> PackedLinear:
     """Signed bytes with one scale per output feature."""
     num_outputs, num_inputs = weight_NK.shape
     struct = _linear(Format.INT8, num_outputs, num_inputs)
-    packed = torch.zeros(struct.num_panels * LANES * struct.k_padded, dtype=torch.uint8)
+    packed = (arena or Arena()).zeros(struct.num_panels * LANES * struct.k_padded, torch.uint8)
     rows = weight_NK.detach().contiguous()
     library.functions.burnish_pack_bytes(
         rows.data_ptr(), num_outputs, num_inputs, rows.stride(0), struct.k_padded, 128, packed.data_ptr()
@@ -69,6 +79,7 @@ def pack_grouped(
     group_size: int,
     order_K: Tensor | None = None,
     bias_N: Tensor | None = None,
+    arena: Arena | None = None,
 ) -> PackedLinear:
     """Unsigned integers of up to 4, or of 8 bits, with a scale and a zero point per group of input features.
 
@@ -88,7 +99,7 @@ def pack_grouped(
     struct.num_groups = scales_NG.shape[1]
     struct.group = struct.k_padded if struct.num_groups == 1 else group_size
     size = struct.num_panels * LANES * struct.k_padded
-    packed = torch.zeros(size // 2 if nibbles else size, dtype=torch.uint8)
+    packed = (arena or Arena()).zeros(size // 2 if nibbles else size, torch.uint8)
     rows = ints_NK.to(torch.uint8).contiguous()
     functions = library.functions
     if nibbles:
