@@ -28,6 +28,7 @@ engine, load_s = timed_load(
         max_num_seqs=32,
         max_model_len=work.input_tokens + work.output_tokens + 1,
         threads=flags.threads,
+        speculation="off",
         **quantize,
     )
 )
