@@ -1,8 +1,7 @@
 """Optimised weights kept on disk, so that a model is quantized once and then only read.
 
     <cache>/optimised/<key>/model.safetensors     the decoder's tensors by canonical names
-    <cache>/optimised/<key>/record.json           what they are, a checksum of each, figures, when they were used last
-    <cache>/optimised/<key>/record.json           what they are, a checksum of each; its time is that of the last use
+    <cache>/optimised/<key>/record.json           what they are, checksums, figures; its time is that of the last use
 
 The cache is $BURNISH_CACHE, else $XDG_CACHE_HOME/burnish, else ~/.cache/burnish. The key is a hash of the weight files'
 content, config.json and the options. An entry appears whole or not at all; one that turns out to be damaged is made

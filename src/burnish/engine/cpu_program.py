@@ -268,6 +268,8 @@ def _against_fusing(parts: Sequence[nn.Module]) -> str | None:
     if len({(layer.bits, layer.group_size) for layer in groups}) > 1:
         return "linears with the same input have different bits or groups"
     first = groups[0]
+    if any(layer.scales_dtype != torch.float16 for layer in groups):
+        return "its scales are not float16"
     if first.bits not in (2, 3, 4, 8):
         return f"its linears have {first.bits} bits"
     if first.group_size != -1 and first.group_size < first.in_features and first.group_size % 8:
