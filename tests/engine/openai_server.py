@@ -50,14 +50,20 @@ class _Handler(BaseHTTPRequestHandler):
             how.requests.append({"path": self.path, **body})
             how.headers.append({name.lower(): value for name, value in self.headers.items()})
             how.at_once += 1
+            self._inside = True
             how.most_at_once = max(how.most_at_once, how.at_once)
         try:
             self._answer(how, body)
         except (BrokenPipeError, ConnectionResetError):
             how.broken_pipes += 1
         finally:
-            with how.lock:
-                how.at_once -= 1
+            self._leave(how)
+
+    def _leave(self, how: Behaviour) -> None:
+        """Count the request as over; before its last line is sent, as the client may send its next one right then."""
+        with how.lock:
+            how.at_once -= self._inside
+            self._inside = False
 
     def _answer(self, how: Behaviour, body: dict[str, Any]) -> None:
         if how.failure == "status":
@@ -88,6 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._event({"choices": [{"index": 0, "text": "", "delta": {}, "finish_reason": "length"}]})
         if how.usage:
             self._event({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": count}})
+        self._leave(how)
         self.wfile.write(b": a comment\n\ndata: [DONE]\n\n")
         return None
 

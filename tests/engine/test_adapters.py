@@ -136,8 +136,8 @@ def test_pefts_adapters_give_pefts_tokens_for_every_family(
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 for key, parameter in model.named_parameters():
-                    if "lora_B" in key:
-                        parameter.normal_(0, 0.2, generator=generator)
+                    if "lora_" in key:
+                        parameter.normal_(0, 0.5, generator=generator)
             model.save_pretrained(tmp_path / name)
             adapters[name] = tmp_path / name
             merged = model.merge_and_unload()
