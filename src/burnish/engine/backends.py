@@ -8,11 +8,10 @@ from burnish.engine.packing import pack_decoder
 from burnish.engine.step import Backend
 from burnish.engine.torch_backend import TorchBackend
 from burnish.errors import ConfigError
+from burnish.kernels.cpu.packing import LANES
 from burnish.models.decoder import Decoder
 
 BACKENDS = ("auto", "torch", "cpu", "gpu")
-# The compiled kernels pad values to whole vectors.
-_CPU_LANES = 16
 KV_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -74,8 +73,8 @@ def choose_backend(
 
 
 def value_width(head_dim: int, *, backend: str) -> int:
-    """Numbers that one head's value takes in this backend's cache."""
-    return -(-head_dim // _CPU_LANES) * _CPU_LANES if backend == "cpu" else head_dim
+    """Numbers that one head's value takes in this backend's cache: the compiled kernels pad to whole vectors."""
+    return -(-head_dim // LANES) * LANES if backend == "cpu" else head_dim
 
 
 def make_backend(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from burnish.engine import cpu_program
+from burnish.engine.backends import value_width
 from burnish.engine.cpu_adapters import adapter_structs
 from burnish.engine.cpu_program import CpuProgram
 from burnish.engine.paged_attention import untouched_zeros
@@ -26,7 +27,6 @@ from burnish.models.decoder import Decoder
 
 BLOCK_SIZE = 16
 _KV_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16, torch.int8: Format.INT8}
-_LANES = 16
 
 
 def supports(decoder: Decoder, kv_dtype: torch.dtype, *, block_size: int = BLOCK_SIZE) -> str | None:
@@ -163,7 +163,7 @@ class CpuBackend:
 
     def _allocate(self, num_kv_heads: int, head_dim: int, kv_dtype: torch.dtype) -> list[Tensor]:
         """Zeroed memory that the system hands out as it is first written; pointers go to the layers."""
-        width = -(-head_dim // _LANES) * _LANES
+        width = value_width(head_dim, backend=self.name)
         shapes = {"keys": (head_dim, BLOCK_SIZE), "values": (BLOCK_SIZE, width)}
         tensors = []
         for layer in self._program.layers:

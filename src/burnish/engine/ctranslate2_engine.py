@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
@@ -25,6 +23,7 @@ from burnish.engine.requests import RequestFactory
 from burnish.engine.sampling import SamplingParams
 from burnish.engine.sequence import Sequence
 from burnish.engine.supported import require_supported
+from burnish.engine.threaded_stream import stream_in_thread
 from burnish.engine.tokenizer_folder import load_tokenizer
 from burnish.errors import CheckpointError, ConfigError
 
@@ -124,7 +123,7 @@ class CTranslate2Engine:
         """See `Engine.stream`. The model runs in a thread of its own meanwhile."""
         sequence = self._requests.make(prompt, params or SamplingParams(), index=0)
         require_supported(sequence.params, SUPPORTED, engine=self.name)
-        return self._run_streaming(sequence)
+        return stream_in_thread(sequence, self._run_batch, name="ctranslate2-generate")
 
     def warm_up(self) -> float:
         """Run a short prompt; returns seconds, also kept for `stats`."""
@@ -169,39 +168,6 @@ class CTranslate2Engine:
                     yield Request(sequences=[sequence]).output()
         finally:
             self._waiting = 0
-
-    def _run_streaming(self, sequence: Sequence) -> Generator[StreamEvent, None, None]:
-        events: queue.SimpleQueue[StreamEvent | BaseException] = queue.SimpleQueue()
-        closed = threading.Event()
-        request = Request(sequences=[sequence])
-
-        def on_token(grown: Sequence) -> None:
-            if closed.is_set() and not grown.finished:
-                grown.finish("aborted", now_s=time.perf_counter())
-            event = request.event()
-            if event is not None:
-                events.put(event)
-
-        def run() -> None:
-            try:
-                self._run_batch([sequence], on_token)
-            except BaseException as error:  # handed to the caller's thread, which raises it
-                events.put(error)
-
-        sequence.arrival_s = time.perf_counter()
-        thread = threading.Thread(target=run, name="ctranslate2-generate", daemon=True)
-        thread.start()
-        try:
-            while True:
-                event = events.get()
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-                if event.output is not None:
-                    return
-        finally:
-            closed.set()
-            thread.join()
 
     def _run_batch(self, sequences: list[Sequence], on_token: Callable[[Sequence], None]) -> None:
         """Run requests of equal sampling settings; every one is finished afterwards."""

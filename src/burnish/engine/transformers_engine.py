@@ -7,11 +7,9 @@ burnish's, so that both engines mean the same by the same parameters. Remote cod
 
 from __future__ import annotations
 
-import queue
 import sys
-import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +29,7 @@ from burnish.engine.sampler import Sampler
 from burnish.engine.sampling import SamplingParams
 from burnish.engine.sequence import Sequence
 from burnish.engine.supported import require_supported
+from burnish.engine.threaded_stream import OnToken, stream_in_thread
 from burnish.engine.tokenizer_folder import load_tokenizer
 from burnish.errors import CheckpointError, ConfigError, RequestError
 from burnish.models.checkpoint import read_config
@@ -38,8 +37,6 @@ from burnish.models.loading import parse_dtype, resolve_model
 
 # All but what is not a matter of choosing tokens.
 SUPPORTED = frozenset(field.name for field in fields(SamplingParams)) - {"n", "prompt_logprobs"}
-
-OnToken = Callable[[Sequence], None]
 
 
 class TransformersEngine:
@@ -119,7 +116,7 @@ class TransformersEngine:
         """See `Engine.stream`. `generate` runs in a thread of its own meanwhile."""
         sequence = self._requests.make(prompt, params or SamplingParams(), index=0)
         require_supported(sequence.params, SUPPORTED, engine=self.name)
-        return self._run_streaming(sequence)
+        return stream_in_thread(sequence, self._run_batch, name="transformers-generate")
 
     def warm_up(self) -> float:
         """Run a short prompt; returns seconds, also kept for `stats`."""
@@ -163,42 +160,6 @@ class TransformersEngine:
                     yield Request(sequences=[sequence]).output()
         finally:
             self._waiting = 0
-
-    def _run_streaming(self, sequence: Sequence) -> Generator[StreamEvent, None, None]:
-        events: queue.SimpleQueue[StreamEvent | BaseException] = queue.SimpleQueue()
-        closed = threading.Event()
-        shown = 0
-
-        def on_token(grown: Sequence) -> None:
-            nonlocal shown
-            if closed.is_set() and not grown.finished:
-                grown.finish("aborted", now_s=time.perf_counter())
-            piece = grown.text.take()
-            if piece or grown.finished:
-                token_ids, shown = tuple(grown.token_ids[shown:]), len(grown.token_ids)
-                output = Request(sequences=[grown]).output() if grown.finished else None
-                events.put(StreamEvent(text=piece, token_ids=token_ids, output=output))
-
-        def run() -> None:
-            try:
-                self._run_batch([sequence], on_token)
-            except BaseException as error:  # handed to the caller's thread, which raises it
-                events.put(error)
-
-        sequence.arrival_s = time.perf_counter()
-        thread = threading.Thread(target=run, name="transformers-generate", daemon=True)
-        thread.start()
-        try:
-            while True:
-                event = events.get()
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-                if event.output is not None:
-                    return
-        finally:
-            closed.set()
-            thread.join()
 
     def _run_batch(self, sequences: list[Sequence], on_token: OnToken) -> None:
         """Run one left-padded batch to its end; every sequence is finished afterwards."""
