@@ -21,14 +21,19 @@ SOURCES = Path("src/burnish/kernels/cpu/csrc")
 COMMON = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math -pthread".split()
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c -mprefer-vector-width=512".split()
 BF16 = [*AVX512, "-mavx512bf16"]
+AMX = [*BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 # (source, object, flags). A file whose flags the compiler does not know is compiled without them, and is then empty.
 X86 = [
     ("kernels_avx2", "avx2", "-mavx2 -mfma -mf16c".split()),
     ("kernels_avx512", "avx512", AVX512),
     ("kernels_avx512", "avx512_bf16", [*BF16, "-DBURNISH_ISA=avx512_bf16"]),
-    ("kernels_amx", "amx", [*BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]),
+    ("kernels_amx", "amx", AMX),
+    ("training_avx2", "training_avx2", "-mavx2 -mfma -mf16c".split()),
+    ("training_avx512", "training_avx512", AVX512),
+    ("training_avx512", "training_avx512_bf16", [*BF16, "-DBURNISH_ISA=avx512_bf16"]),
+    ("training_amx", "training_amx", AMX),
 ]
-PLAIN = ["kernels_generic", "dispatch", "pack", "team", "runtime", "api"]
+PLAIN = ["kernels_generic", "dispatch", "pack", "team", "runtime", "api", "training_generic", "training_api"]
 
 
 class BuildKernels(build_ext):
@@ -50,7 +55,9 @@ class BuildKernels(build_ext):
         extra = os.environ.get("CXXFLAGS", "").split()
         objects = Path(self.build_temp).absolute()
         objects.mkdir(parents=True, exist_ok=True)
-        isas = X86 if platform.machine() in ("x86_64", "AMD64") else [(source, name, []) for source, name, _ in X86]
+        on_x86 = platform.machine() in ("x86_64", "AMD64")
+        # Elsewhere these are empty; what names a file's symbols stays.
+        isas = [(source, name, flags if on_x86 else _names(flags)) for source, name, flags in X86]
         jobs = [*((source, name, flags, True) for source, name, flags in isas), *((f, f, [], False) for f in PLAIN)]
 
         def compile_one(job: tuple[str, str, list[str], bool]) -> str:
@@ -65,7 +72,7 @@ class BuildKernels(build_ext):
                 str(objects / f"{name}.o"),
             ]
             # What names the file's symbols must stay, whatever the compiler knows of the instructions.
-            bare = [flag for flag in flags if flag.startswith("-D")]
+            bare = _names(flags)
             try:
                 subprocess.run([*command, *flags], check=True, capture_output=True)
             except subprocess.CalledProcessError:
@@ -82,6 +89,10 @@ class BuildKernels(build_ext):
             [compiler, *extra, "-shared", "-pthread", *files, "-o", str(fresh)], check=True, capture_output=True
         )
         fresh.replace(target)
+
+
+def _names(flags: list[str]) -> list[str]:
+    return [flag for flag in flags if flag.startswith("-D")]
 
 
 setup(

@@ -2,17 +2,13 @@
 
     python benchmarks/compare.py --config benchmarks/peers.toml --works w1,w2 --rounds 2
 
-Writes a JSON record and, beside it, the same tables in Markdown.
+Writes a JSON record and, beside it, the same tables in Markdown; both are written again after every turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -21,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.table import FIGURES, Result, work_table
+from turns import first_missing, run_for_result, write_record
 
 from burnish.measure.hardware import hardware_record, version_record
 
@@ -43,10 +40,7 @@ class System:
 
     def missing(self) -> str | None:
         """What this system needs and the machine lacks: its interpreter, its model or a path in its flags."""
-        if shutil.which(os.path.expandvars(self.python)) is None:
-            return self.python
-        paths = [self.model, *(arg for arg in self.args if "$" in arg)]
-        return next((path for path in paths if not Path(os.path.expandvars(path)).exists()), None)
+        return first_missing(self.python, [self.model, *(arg for arg in self.args if "$" in arg)])
 
 
 def main() -> int:
@@ -75,6 +69,7 @@ def main() -> int:
         if work in system.works
     ]
     results: list[Result] = []
+    text = ""
     failures: list[dict[str, Any]] = []
     for count, (turn, work, system) in enumerate(turns, 1):
         print(f"[{count}/{len(turns)}] round {turn}, {work}, {system.name}: ", end="", flush=True)
@@ -84,12 +79,13 @@ def main() -> int:
         if isinstance(found, str):
             failures.append({"round": turn, "work": work, "name": system.name, "error": found.splitlines()[-1]})
             print(f"failed after {seconds:.0f} s\n{found}", flush=True)
-            continue
-        results.append({"round": turn, "name": system.name, **found})
-        figures = (f"{figure.heading} {', '.join(map(str, found[figure.key]))}" for figure in FIGURES[work])
-        print(f"{'; '.join(figures)} ({seconds:.0f} s in all)", flush=True)
+        else:
+            results.append({"round": turn, "name": system.name, **found})
+            figures = (f"{figure.heading} {', '.join(map(str, found[figure.key]))}" for figure in FIGURES[work])
+            print(f"{'; '.join(figures)} ({seconds:.0f} s in all)", flush=True)
+        text = _write(flags, works, relative, systems=here, results=results, failures=failures)
 
-    _write(flags, works, relative, systems=here, results=results, failures=failures)
+    print(f"\n{text}\n{flags.out}\n{flags.out.with_suffix('.md')}")
     return 1 if failures else 0
 
 
@@ -131,28 +127,13 @@ def _run(system: System, work: str, flags: argparse.Namespace, *, config: Path) 
     options = {"--work": work, "--runs": flags.runs, "--threads": flags.threads, "--label": system.name}
     options |= {"--requests": flags.requests if work == "w1" else None, "--output-tokens": flags.output_tokens}
     command = [
-        *map(os.path.expandvars, (system.python, str(config.parent / system.script), system.model)),
+        system.python,
+        str(config.parent / system.script),
+        system.model,
         *(str(part) for option, value in options.items() if value is not None for part in (option, value)),
-        *map(os.path.expandvars, system.args),
+        *system.args,
     ]
-    # Libraries that size their thread pools by themselves get the same number; nothing is fetched.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(flags.threads), "HF_HUB_OFFLINE": "1"}
-    try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=flags.timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"no result within {flags.timeout:.0f} s"
-    line = re.search(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
-    if done.returncode or line is None:
-        return (done.stderr or done.stdout).strip()[-2000:] or f"ended with {done.returncode}, without a word"
-    return json.loads(line.group(1))
+    return run_for_result(command, threads=flags.threads, timeout=flags.timeout)
 
 
 def _write(
@@ -163,8 +144,8 @@ def _write(
     systems: list[System],
     results: list[Result],
     failures: list[dict[str, Any]],
-) -> None:
-    """Print the tables; write them, and the record that they come from."""
+) -> str:
+    """Write the tables, and the record that they come from; returns the tables."""
     hardware = hardware_record()
     # As written in the list: with variables, so that the record names no path of this machine.
     listed = [{"name": system.name, "model": system.model, "args": system.args} for system in systems]
@@ -198,10 +179,8 @@ def _write(
             parts.append(f"## {work.upper()}: {heading}\n\n{work_table(work, results, relative)}")
     parts += [f"Failed in round {fail['round']}, {fail['work']}: {fail['name']}: {fail['error']}" for fail in failures]
     text = "\n\n".join(parts) + "\n"
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    flags.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{flags.out}\n{flags.out.with_suffix('.md')}")
+    write_record(flags.out, record, text)
+    return text
 
 
 if __name__ == "__main__":

@@ -44,11 +44,11 @@ def work_table(work: str, results: Sequence[Result], relative: str) -> str:
         row = [name]
         for figure in figures:
             values = [value for result in mine for value in result[figure.key]]
-            row += [_spread(values, figure.digits), _spread(paired_ratios(figure, mine, theirs), 2)]
+            row += [spread(values, figure.digits), spread(paired_ratios(figure, mine, theirs), 2)]
         loads = [result["load_s"] for result in mine if result["load_s"] is not None]
         peak = max(result["peak_rss_mib"] for result in mine)
-        rows.append([*row, _agreement(mine, theirs), f"{peak:.0f}", _spread(loads, 1, extremes=False)])
-    return _aligned(rows)
+        rows.append([*row, _agreement(mine, theirs), f"{peak:.0f}", spread(loads, 1, extremes=False)])
+    return aligned(rows)
 
 
 def paired_ratios(figure: Figure, mine: Iterable[Result], theirs: Iterable[Result]) -> list[float]:
@@ -66,7 +66,8 @@ def _agreement(mine: Sequence[Result], theirs: Sequence[Result]) -> str:
     return f"{sum(a == b for a, b in pairs)}/{len(pairs)}"
 
 
-def _spread(values: Sequence[float], digits: int, *, extremes: bool = True) -> str:
+def spread(values: Sequence[float], digits: int, *, extremes: bool = True) -> str:
+    """Median, and least to most where there are several; "-" for none."""
     if not values:
         return "-"
     middle = f"{median(values):.{digits}f}"
@@ -75,7 +76,8 @@ def _spread(values: Sequence[float], digits: int, *, extremes: bool = True) -> s
     return f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
+    """Aligned Markdown; the first row is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

@@ -266,7 +266,7 @@ def test_output_layer_is_adapted_on_torch_and_refused_by_the_kernels(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora is not supported"),
+        ({"lora_bias": True}, "lora_bias is not supported"),
         ({"bias": "all"}, "bias is not supported"),
         ({"peft_type": "IA3"}, "not a LoRA adapter"),
         ({"lora_alpha": 0}, "must be positive"),

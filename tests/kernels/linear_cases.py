@@ -18,6 +18,8 @@ from burnish.kernels.cpu.packing import PackedLinear, pack_float, pack_grouped, 
 FORMATS = ("float32", "bfloat16", "int8", "int4_grouped", "int8_grouped")
 GROUPED = ("int4_grouped", "int8_grouped")
 FEWEST_TILED_ROWS = 5
+"""From this many rows on, the AMX kernels multiply with tiles."""
+FEWEST_WIDENED_ROWS = 20
 """From this many rows on, the AMX kernels multiply grouped weights as int8 with one scale per output feature."""
 
 
@@ -106,8 +108,8 @@ def make_case(
         x_MK = x_MK if order_K is None else x_MK[:, order_K]
         return reference.linear_int8(x_MK, whole_NK, scale_N, bias_N=bias_N)
 
-    tiled = library.isa == "amx" and rows >= FEWEST_TILED_ROWS
-    return Case(packed=packed, twin=as_bytes if tiled else as_groups, weight_NK=weight_NK / 127, bias_N=bias_N)
+    widened = library.isa == "amx" and rows >= FEWEST_WIDENED_ROWS
+    return Case(packed=packed, twin=as_bytes if widened else as_groups, weight_NK=weight_NK / 127, bias_N=bias_N)
 
 
 def integers(rows: int, num_inputs: int, *, seed: int = 0) -> Tensor:

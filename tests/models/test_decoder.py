@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from burnish.models.attention import FullCausal
 from burnish.models.config import ModelConfig
 from burnish.models.decoder import Decoder, RMSNorm
 from burnish.models.loading import load_decoder
+from burnish.models.recompute import recompute
 
 CONFIG = ModelConfig(
     family="llama",
@@ -104,23 +103,39 @@ def test_rmsnorm_rounds_as_transformers_does(dtype: torch.dtype, offset: float) 
         assert (ours != theirs).float().mean() < 0.01, "at most a last bit here and there"
 
 
-def test_checkpointing_recomputes_only_while_training(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[bool] = []
-    original = checkpoint
+@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1]), (2, [0])])
+def test_checkpointing_recomputes_only_while_training(decoder: Decoder, every: int, expected: list[int]) -> None:
+    calls: list[int] = []
 
-    def spy(*args: Any, **settings: Any) -> Any:
-        calls.append(settings["use_reentrant"])
-        return original(*args, **settings)
+    def spy(block: Any, *args: Any) -> Any:
+        calls.append(list(decoder.model.layers).index(block))
+        return recompute(block, *args)
 
-    monkeypatch.setattr("burnish.models.decoder.checkpoint", spy)
-    decoder.gradient_checkpointing = True
+    decoder.recompute = spy
+    decoder.gradient_checkpointing, decoder.checkpoint_every = True, every
     decoder.eval()(TOKENS_BT)
-    decoder.train()(TOKENS_BT, attention=FullCausal())
     with torch.no_grad():
-        decoder(TOKENS_BT)
+        decoder.train()(TOKENS_BT)
     assert not calls
     decoder(TOKENS_BT).sum().backward()
-    assert calls == [False, False]
+    assert calls == expected
+
+
+def test_recomputed_block_draws_the_same_random_numbers() -> None:
+    weight = torch.nn.Parameter(torch.ones(100))
+    seen: list[torch.Tensor] = []
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        kept = torch.dropout(weight, 0.5, True)
+        seen.append(kept.detach().clone())
+        return x * kept
+
+    x = torch.ones(100)
+    recompute(block, x).sum().backward()
+    assert torch.equal(seen[0], seen[1])
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, seen[0])
+    assert x.grad is None
 
 
 def test_moving_to_another_dtype_keeps_frequencies_in_float32(decoder: Decoder) -> None:

@@ -180,7 +180,7 @@ def test_adapter_of_other_weights_is_refused_by_its_fingerprint(make_decoder: Ca
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "not a LoRA adapter"),
-        ({"use_dora": True}, "use_dora is not supported"),
+        ({"lora_bias": True}, "lora_bias is not supported"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
         ({"bias": "all"}, "bias is not supported"),

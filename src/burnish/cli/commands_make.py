@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from burnish.cli import options
-from burnish.cli.output import note, print_json, stdout, watching
+from burnish.cli.output import note, print_json, stderr, stdout, watching
 
 
 def register(app: typer.Typer) -> None:
@@ -20,34 +22,79 @@ def register(app: typer.Typer) -> None:
 
 
 def tune(
+    context: typer.Context,
     model: options.ModelArgument,
     data: Annotated[str, typer.Option("--data", help="File, hub id, or text-to-sql:train[:N].")],
     out: Annotated[str, typer.Option("--out", help="Folder for the adapter or the tuned model.")],
-    method: Annotated[str, typer.Option("--method", help="lora or full.")] = "lora",
+    method: Annotated[str, typer.Option("--method", help="lora, qlora-4bit, qlora-8bit or full.")] = "lora",
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Rows for the evaluation loss.")] = None,
+    eval_split: Annotated[
+        float | None, typer.Option(help="Or keep this share (0.05) or number of the rows for it.")
+    ] = None,
     template: options.Template = "auto",
     columns: options.Columns = None,
     max_length: Annotated[int, typer.Option(help="Longest example in tokens.")] = 512,
     too_long: Annotated[str, typer.Option(help="drop or truncate longer rows.")] = "drop",
+    learn: Annotated[str, typer.Option(help="Of conversations, all answers or the last one.")] = "all",
+    streaming: Annotated[bool, typer.Option(help="Keep tokenized rows on disk: for data larger than memory.")] = False,
     limit: Annotated[int | None, typer.Option(help="Use this many rows at most.")] = None,
     check_sql: Annotated[bool, typer.Option(help="Leave out rows whose SQL does not run on their schema.")] = False,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
     alpha: Annotated[float, typer.Option(help="LoRA alpha; products are scaled by alpha / rank.")] = 32,
     dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
+    dora: Annotated[bool, typer.Option("--dora", help="Train magnitudes beside directions (DoRA).")] = False,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")] = False,
     target_modules: Annotated[str, typer.Option(help="Roles joined by commas, or all-linear.")] = "all-linear",
+    freeze: Annotated[
+        str | None, typer.Option(help="Parameters to leave as they are: globs joined by commas (full).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; instead of --epochs.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the rows; 1 when neither is given.")] = None,
     micro_batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+    micro_batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per forward pass at most; longer rows go alone.")
+    ] = None,
+    packing: Annotated[bool, typer.Option(help="Lay rows end to end instead of padding them.")] = True,
     gradient_accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
+    pack_to: Annotated[int | None, typer.Option(help="Fill each step to about this many tokens instead.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
-    schedule: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "cosine",
+    schedule: Annotated[str, typer.Option(help="linear, cosine, wsd, inverse-sqrt or constant.")] = "cosine",
+    min_rate: Annotated[float, typer.Option(help="Share of the peak rate that the schedule ends at.")] = 0.0,
     warmup: Annotated[float, typer.Option(help="Share of steps (below 1) or steps with a rising rate.")] = 0.03,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay, on matrices.")] = 0.0,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, adafactor, lion; on CUDA also adamw-8bit and paged-adamw-8bit.")
+    ] = "adamw",
+    offload_optimizer: Annotated[
+        bool, typer.Option("--offload-optimizer", help="Keep the optimizer's state in host memory (CUDA).")
+    ] = False,
+    neftune: Annotated[float, typer.Option(metavar="ALPHA", help="Noise on embeddings; 5 to 15 is usual.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are scaled down to this norm.")] = 1.0,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute blocks in the backward pass.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(metavar="N", help="With it, every Nth block only.")] = 1,
     eval_every: Annotated[int, typer.Option(help="Evaluate every so many steps; 0 only at the end.")] = 0,
     max_seconds: Annotated[float | None, typer.Option(help="Stop after this time.")] = None,
+    early_stopping: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop after N evaluations without a lower loss.")
+    ] = None,
+    min_delta: Annotated[float, typer.Option(help="Fall of the evaluation loss that counts for it.")] = 0.0,
+    keep_best: Annotated[bool, typer.Option(help="Write the weights with the lowest evaluation loss.")] = False,
+    save_every: Annotated[int, typer.Option(metavar="N", help="Write a checkpoint every N steps.")] = 0,
+    keep_last: Annotated[int, typer.Option(metavar="N", help="Checkpoints that are kept while it runs.")] = 2,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="Go on with the unfinished run in --out, or at PATH.")
+    ] = "auto",
+    keep_checkpoints: Annotated[bool, typer.Option(help="Leave checkpoints when the run is done.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write OUT/trace.json, a Chrome trace of a few steps.")
+    ] = False,
+    track: options.Track = None,
+    processes: Annotated[int, typer.Option(metavar="N", help="Train in N processes of this machine.")] = 1,
+    sharding: Annotated[
+        str,
+        typer.Option(help="What processes divide: none, zero1 (optimizer), zero2 (gradients too), zero3 (weights)."),
+    ] = "none",
     config: options.Config = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -61,11 +108,17 @@ def tune(
     quiet: options.Quiet = False,
 ) -> int | None:
     """Tune MODEL on rows: a PEFT-format LoRA adapter, or all weights."""
-    from burnish.cli.show_stages import show_tune
+    if profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log; read when torch is imported
+    from burnish.cli.show_stages import show_operators, show_tune
     from burnish.pipeline.examples import DataConfig
+    from burnish.pipeline.launching import is_rank, launch
     from burnish.pipeline.opening import Source
+    from burnish.pipeline.resuming import ResumeConfig
     from burnish.pipeline.tune import tune as run
+    from burnish.track.making import make_tracker
     from burnish.train.config import TrainConfig
+    from burnish.train.distributed import joined, local_device, local_threads
     from burnish.train.lora import LoraConfig
 
     roles: Any = (
@@ -74,37 +127,65 @@ def tune(
         else tuple(part.strip() for part in target_modules.split(",") if part.strip())
     )
     settings: dict[str, Any] = {"method": method, "schedule": schedule, "precision": precision}
+    settings |= {"optimizer": optimizer, "sharding": sharding}
     train_config = TrainConfig(
         steps=steps,
         epochs=epochs,
         micro_batch_size=micro_batch_size,
+        micro_batch_tokens=micro_batch_tokens,
+        packing=packing,
         gradient_accumulation=gradient_accumulation,
+        tokens_per_step=pack_to,
         learning_rate=learning_rate,
         warmup=warmup,
         weight_decay=weight_decay,
+        min_rate=min_rate,
+        offload_optimizer=offload_optimizer,
+        neftune=neftune,
         max_grad_norm=max_grad_norm,
         gradient_checkpointing=gradient_checkpointing,
+        checkpoint_every=checkpoint_every,
         eval_every=eval_every,
         max_seconds=max_seconds,
+        early_stopping_patience=early_stopping,
+        early_stopping_min_delta=min_delta,
+        keep_best=keep_best,
+        save_every=save_every,
+        keep_last=keep_last,
         seed=seed,
+        freeze=tuple(part.strip() for part in (freeze or "").split(",") if part.strip()),
         **settings,
     )
-    lora = LoraConfig(rank=rank, alpha=alpha, dropout=dropout, target_modules=roles)
+    lora = LoraConfig(
+        rank=rank, alpha=alpha, dropout=dropout, target_modules=roles, use_dora=dora, rank_stabilized=rslora
+    )
     rows = DataConfig(
         source=data,
         template=template,
         columns=options.parse_columns(columns),
         max_length=max_length,
         too_long=too_long,
+        learn=learn,
         limit=limit,
         check_sql=check_sql,
         seed=seed,
         offline=offline,
     )
-    source = Source(
-        device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle, dtype=dtype
-    )
-    with watching(quiet=quiet) as progress:
+    if processes != 1 and not is_rank():
+        command = [sys.executable, "-m", "burnish", *context.find_root().obj]
+        return launch(command, processes=processes, threads=threads)
+    with (
+        joined(sharding=sharding, device=local_device(device), processes=processes) as ranks,
+        watching(quiet=quiet or not ranks.is_main) as progress,
+    ):
+        source = Source(
+            device=local_device(device),
+            threads=threads if threads is not None or ranks.alone else local_threads(),
+            revision=revision,
+            offline=offline,
+            allow_pickle=allow_pickle,
+            dtype=dtype,
+        )
         record = run(
             model,
             data=rows,
@@ -112,25 +193,42 @@ def tune(
             lora=lora,
             config=train_config,
             eval_data=eval_data,
+            eval_split=eval_split,
+            streaming=streaming,
             source=source,
             overwrite=overwrite,
+            resume=ResumeConfig(resume=resume, keep_checkpoints=keep_checkpoints),
+            tracker=make_tracker(track, warn=progress.say) if ranks.is_main else None,
+            profile=profile and ranks.is_main,
             progress=progress,
+            notify=progress.say,
+            ranks=ranks,
         )
     for line in record.bad_rows:
         note(f"left out: {line}", quiet=quiet)
     if record.num_bad_rows > len(record.bad_rows):
         note(f"left out: {record.num_bad_rows - len(record.bad_rows)} more rows", quiet=quiet)
+    if record.operators and not quiet:
+        show_operators(stderr(), record)
     print_json(record) if json else show_tune(stdout(), record)
     if record.interrupted:
-        note(f"interrupted: {out} holds what {len(record.steps)} steps have taught", quiet=quiet)
+        onwards = "the same command goes on from there" if record.checkpoint else "there is no checkpoint to go on from"
+        note(f"interrupted: {out} holds what {len(record.steps)} steps have taught; {onwards}", quiet=quiet)
     return 130 if record.interrupted else None
 
 
 def merge(
     adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter, ours or PEFT's.", show_default=False)
+        list[str],
+        typer.Argument(metavar="ADAPTER...", help="Folders of LoRA adapters, ours or PEFT's.", show_default=False),
     ],
     out: Annotated[str, typer.Option("--out", help="Folder for the merged model.")],
+    weights: Annotated[
+        str | None, typer.Option(help="A factor for each adapter, joined by commas; needed for several.")
+    ] = None,
+    onto: Annotated[
+        str, typer.Option(help="The base's weights: original, dequantized, or auto (the better one).")
+    ] = "auto",
     base: Annotated[str | None, typer.Option(help="Base model, instead of the one that the adapter names.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the written weights; auto keeps the base's.")] = "auto",
     gate_data: Annotated[str | None, typer.Option(help="Held-out rows to compare on.")] = None,
@@ -146,7 +244,7 @@ def merge(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Merge an adapter into its base and prove that the result is the same model; exit 4 if it is not."""
+    """Merge adapters into their base and prove that the result is the same model; exit 4 if it is not."""
     from burnish.cli.show_stages import show_merge
     from burnish.pipeline.gates import MERGE_LIMITS
     from burnish.pipeline.merge import merge as run
@@ -157,7 +255,9 @@ def merge(
         record = run(
             adapter,
             out=out,
+            weights=None if weights is None else options.parse_numbers("weights", weights),
             base=base,
+            onto=onto,
             dtype=dtype,
             source=source,
             data=gate_data,

@@ -100,6 +100,7 @@ def inspect(
     columns: options.Columns = None,
     max_length: Annotated[int, typer.Option(help="Longest example in tokens.")] = 512,
     too_long: Annotated[str, typer.Option(help="drop or truncate longer rows.")] = "drop",
+    learn: Annotated[str, typer.Option(help="Of conversations, all answers or the last one.")] = "all",
     limit: Annotated[int | None, typer.Option(help="Use this many rows at most.")] = None,
     check_sql: Annotated[bool, typer.Option(help="Leave out rows whose SQL does not run on their schema.")] = False,
     rows: Annotated[int, typer.Option(help="Rows to show in full.")] = 3,
@@ -119,9 +120,16 @@ def inspect(
     from burnish.models.resolve import resolve_model
 
     mode: Any = too_long
+    turns: Any = learn
     tokenizer = Tokenizer.load(resolve_model(model, offline=offline))
     row_set = read_rows(
-        data, columns=options.parse_columns(columns), limit=limit, check_sql=check_sql, seed=seed, offline=offline
+        data,
+        columns=options.parse_columns(columns),
+        limit=limit,
+        check_sql=check_sql,
+        seed=seed,
+        offline=offline,
+        texts=True,
     )
     chosen = pick_template(template, tokenizer, row_set)
     examples = make_examples(
@@ -130,6 +138,8 @@ def inspect(
         chosen,
         max_length=max_length,
         too_long=mode,
+        learn=turns,
     )
     inspection = inspect_rows(row_set, examples, tokenizer, num_rows=rows)
     print_json(inspection.to_dict()) if json else show_inspection(stdout(), inspection)
+    examples.preflight.require()

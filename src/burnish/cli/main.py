@@ -55,7 +55,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # Not through Typer's own main, which would keep interrupts and broken pipes to itself.
         command = typer.main.get_command(app)
         words = list(sys.argv[1:] if arguments is None else arguments)
-        with command.make_context("burnish", words) as context:
+        with command.make_context("burnish", list(words), obj=words) as context:
             result = command.invoke(context)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0

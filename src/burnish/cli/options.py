@@ -108,10 +108,14 @@ Speculation = Annotated[
         "auto: so with few sequences at once; off. Answers are the same.",
     ),
 ]
-Template = Annotated[str, typer.Option("--template", help="Prompt template: auto, chat, alpaca or sql-context.")]
+Template = Annotated[str, typer.Option("--template", help="auto, chat, alpaca, sql-context or plain.")]
 Columns = Annotated[
     str | None,
     typer.Option("--columns", metavar="FIELD=COLUMN,...", help="Which columns hold instruction, context and answer."),
+]
+Track = Annotated[
+    str | None,
+    typer.Option("--track", metavar="URI", help="Mirror the run: FILE.jsonl or wandb://PROJECT[/RUN]."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds something.")]
 ModelArgument = Annotated[
@@ -131,3 +135,15 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
     if not pairs or any(not sign or not name.strip() or not column.strip() for name, sign, column in pairs):
         raise ConfigError("--columns is malformed", got=repr(text), expected="FIELD=COLUMN pairs joined by commas")
     return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def parse_numbers(option: str, text: str) -> list[float]:
+    """Read an option that is numbers joined by commas.
+
+    Raises:
+        ConfigError: a part is no number.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--{option} is malformed", got=repr(text), expected="numbers joined by commas") from error

@@ -42,7 +42,11 @@ def show_inspection(console: Console, inspection: Inspection) -> None:
 
 def _row_panel(view: RowView) -> Panel:
     text = Text()
-    for segment, learned in view.segments:
-        text.append(segment, style="bold underline green" if learned else "")
-    title = f"{view.file} row {view.number}: {view.num_tokens} tokens, {view.num_learned} learned"
+    for token in view.tokens:
+        colour = "magenta" if token.special else "green"
+        text.append(token.text, style=f"bold underline {colour}" if token.learned else "dim" if token.special else "")
+    cut = ", cut to fit" if view.truncated else ""
+    title = (
+        f"{view.file.rpartition('/')[2]} row {view.number}: {view.num_tokens} tokens, {view.num_learned} learned{cut}"
+    )
     return Panel(text, title=Text(title), title_align="left", border_style="dim", expand=True)

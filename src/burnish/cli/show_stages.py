@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 
@@ -69,17 +71,50 @@ def show_tune(console: Console, record: TuneRecord) -> None:
         ("speed", f"{record.tokens_per_s:,.0f} tokens/s"),
         ("loss", f"{losses[0]:.3f} -> {sum(tail) / len(tail):.3f}" if losses else "-"),
         ("memory, peak", _memory(record.peak_memory_bytes, record.predicted_peak_bytes)),
-        ("memory, by part", ", ".join(f"{name} {format_bytes(size)}" for name, size in record.component_bytes.items())),
+        *_parts(record),
     ]
+    if record.phase_seconds:
+        rows.insert(4, ("time", _split(record.phase_seconds)))
+    if record.trace is not None:
+        rows.append(("trace", f"{record.trace} (open it in chrome://tracing or ui.perfetto.dev)"))
     if record.evals and record.evals[-1].get("loss") is not None:
         rows.insert(5, ("evaluation loss", f"{record.evals[-1]['loss']:.3f}"))
     facts(console, record.adapter, rows)
+
+
+def _parts(record: TuneRecord) -> list[tuple[str, str]]:
+    """Memory by component, predicted beside measured."""
+    lines = []
+    for name, size in record.component_bytes.items():
+        predicted = record.predicted_components.get(name)
+        beside = "" if predicted is None else f" (predicted {format_bytes(predicted)})"
+        lines.append((f"  {name}", f"{format_bytes(size)}{beside}"))
+    return lines
+
+
+def _split(phases: Mapping[str, float]) -> str:
+    total = sum(phases.values()) or 1.0
+    return ", ".join(f"{name} {format_share(seconds / total)}" for name, seconds in phases.items())
+
+
+def show_operators(console: Console, record: TuneRecord, *, most: int = 10) -> None:
+    """The operators of a trace that took longest in themselves."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("operator", overflow="fold")
+    for heading in ("calls", "time", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for operator in record.operators[:most]:
+        time, share = format_seconds(operator["seconds"]), format_share(operator["share"])
+        table.add_row(operator["name"], str(operator["calls"]), time, share)
+    console.print(f"dearest operators of the steps in {record.trace}", style="bold")
+    console.print(table)
 
 
 def show_merge(console: Console, record: MergeRecord) -> None:
     """What a merge did."""
     rows = [
         ("merged", f"{record.merged_linears} linears of {record.adapter} into {record.base}"),
+        ("onto", f"{record.onto} weights: {record.reason}"),
         ("written", f"{record.dtype}, {format_bytes(record.disk_bytes)} in {format_seconds(record.seconds)}"),
         ("memory, peak", _memory(record.peak_memory_bytes, record.predicted_peak_bytes)),
         *_gate(record.gate),

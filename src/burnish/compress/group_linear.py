@@ -156,6 +156,12 @@ class GroupQuantizedLinear(nn.Module):
         """The weight the layer stands for: (out, in)."""
         return self.quantized().dequantize(dtype=dtype)
 
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight that forward multiplies by, dense and new: (out, in), rebuilt in `dtype`."""
+        self.prepare()
+        weight_ON = self._slab(0, self.out_features, dtype)
+        return weight_ON if self.column_order is None else weight_ON[:, torch.argsort(self.column_order)]
+
     def prepare(self) -> GroupQuantizedLinear:
         """Change to the state that forward reads and drop the packed tensors; does nothing when done before.
 

@@ -1,41 +1,26 @@
-"""Token ids with a label mask: rows made ready for training, and the facts worth checking before it starts.
-
-Prompt and answer are tokenized apart and joined, so that a prompt has the same ids in training and at inference,
-whatever follows it. Prompt labels are -100; the answer and the end token after it are learned.
-"""
+"""Rows made ready for training, and the facts worth checking before it starts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from statistics import fmean
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
+from burnish.data.encoding import IGNORE, Example, TooLong, join_turns, make_example, shorten
+from burnish.data.preflight import Preflight, PreflightCounter
 from burnish.data.rows import Row
-from burnish.data.templates import Template, prompt_tokens
+from burnish.data.templates import Template
 from burnish.data.tokenizer import Tokenizer
 from burnish.errors import DataError
 
-IGNORE = -100
+__all__ = ["IGNORE", "Example", "ExampleSet", "ExampleStats", "Learn", "iter_examples", "make_example", "make_examples"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One training sequence.
-
-    Attributes:
-        tokens: prompt, answer and end token.
-        labels: as long as `tokens`; IGNORE where nothing is learned, otherwise the token itself (not shifted).
-        num_prompt_tokens: where the answer begins.
-        truncated: whether the prompt lost tokens at its start.
-        row: what it was made from.
-    """
-
-    tokens: list[int]
-    labels: list[int]
-    num_prompt_tokens: int
-    row: Row
-    truncated: bool = False
+Learn = Literal["all", "last"]
+LEARN: tuple[str, ...] = get_args(Learn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,29 +43,6 @@ class ExampleStats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preflight:
-    """Facts that decide whether training can teach a model to answer and to stop.
-
-    Attributes:
-        ends_learned: every example ends with an end token that is learned.
-        pad_differs_from_eos: the pad token is not an end token (None: there is no pad token). Examples are stored
-            without padding and a batch masks what it pads, so an equal pad is a remark, not a fault.
-        prompts_are_prefixes: the prompt made for inference has the ids that the training example begins with.
-        answers_round_trip: decoding the learned ids gives the answer back.
-        end_is_spelled: the template spells out the end marker itself.
-    """
-
-    ends_learned: bool
-    pad_differs_from_eos: bool | None
-    prompts_are_prefixes: bool
-    answers_round_trip: bool
-    end_is_spelled: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExampleSet:
     """Examples, the rows that were too long for them, and the figures and facts about both."""
 
@@ -95,13 +57,22 @@ class ExampleSet:
         return len(self.examples)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A row that does not fit."""
+
+    row: Row
+    num_tokens: int
+
+
 def make_examples(
     rows: Sequence[Row],
     tokenizer: Tokenizer,
     template: Template,
     *,
     max_length: int,
-    too_long: Literal["drop", "truncate"] = "drop",
+    too_long: TooLong = "drop",
+    learn: Learn = "all",
 ) -> ExampleSet:
     """Tokenize rows for training.
 
@@ -109,134 +80,127 @@ def make_examples(
         rows: what to learn.
         max_length: most tokens of one example, its end token included.
         too_long: "drop" leaves longer rows out; "truncate" cuts the start of their prompts, never the answer or its
-            end, and still drops those whose answer alone is too long. Either way they are counted.
+            end, and still drops those whose answer alone is too long. Plain text, which has no prompt, loses its end.
+            Either way they are counted.
+        learn: of conversations, "all" answers or the "last" one.
 
     Raises:
         DataError: there are no rows, none fits into max_length, no label is left, or the tokenizer has no end token.
     """
     if not rows:
         raise DataError("there are no rows to make examples of")
-    if max_length < 2:
-        raise DataError("the longest example is too short", got=f"{max_length} tokens", expected="at least 2")
-    if too_long not in ("drop", "truncate"):
-        raise DataError("rows that are too long cannot be handled so", got=too_long, expected="drop or truncate")
     kept: list[Example] = []
-    dropped: list[Row] = []
-    shortest = None
-    for row in rows:
-        example = make_example(row, tokenizer, template)
-        shortest = len(example.tokens) if shortest is None else min(shortest, len(example.tokens))
-        if len(example.tokens) > max_length:
-            cut = _truncated(example, tokenizer, max_length) if too_long == "truncate" else None
-            if cut is None:
-                dropped.append(row)
-                continue
-            example = cut
-        kept.append(example)
+    dropped: list[LeftOut] = []
+    counter = PreflightCounter(tokenizer, template)
+    for made in iter_examples(rows, tokenizer, template, max_length=max_length, too_long=too_long, learn=learn):
+        if isinstance(made, LeftOut):
+            dropped.append(made)
+        else:
+            kept.append(made)
+            counter.add(made)
     if not kept:
-        raise DataError(
-            f"all {len(rows)} rows are longer than {max_length} tokens",
-            got=f"the shortest has {shortest}",
-            remedy="Raise --max-length, or keep the ends of prompts with --too-long truncate",
-        )
-    stats = _stats(kept, num_too_long=len(dropped))
-    if stats.label_tokens_total == 0:
-        raise DataError(
-            "all labels are masked: no token would be learned", remedy="Check the template and the answer column"
-        )
+        raise nothing_fits(len(rows), shortest=min(left.num_tokens for left in dropped), max_length=max_length)
+    stats = example_stats(
+        [len(example.tokens) for example in kept],
+        num_labels=counter.num_labels,
+        num_too_long=len(dropped),
+        num_truncated=counter.num_truncated,
+    )
     return ExampleSet(
         examples=kept,
-        too_long=dropped,
+        too_long=[left.row for left in dropped],
         stats=stats,
-        preflight=_preflight(kept, tokenizer, template),
+        preflight=counter.result(num_too_long=len(dropped), max_length=max_length),
         template=template.name,
         max_length=max_length,
     )
 
 
-def make_example(row: Row, tokenizer: Tokenizer, template: Template) -> Example:
-    """Tokenize one row, whatever its length.
+def iter_examples(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    max_length: int,
+    too_long: TooLong = "drop",
+    learn: Learn = "all",
+) -> Iterator[Example | LeftOut]:
+    """`make_examples` one at a time, holding one conversation in memory.
+
+    A conversation whose answers are all learned is one example where `join_turns` allows it and it fits; otherwise each
+    answer is one, with what was said before it.
 
     Raises:
-        DataError: the template cannot render it, its answer has no tokens, or the tokenizer has no end token.
+        DataError: as `make_example`, or an option is not known.
     """
-    rendered = template.render(row, tokenizer)
-    prompt = prompt_tokens(rendered.prompt, tokenizer, add_special_tokens=rendered.add_special_tokens)
-    answer = tokenizer.encode(rendered.answer + rendered.end)
-    if not answer or not rendered.answer.strip():
-        raise DataError(f"all labels are masked in {row.file or 'a row'}, row {row.number}: its answer has no tokens")
-    if answer[-1] not in tokenizer.eos_ids:
-        if tokenizer.eos_id is None:
-            raise DataError(
-                f"the tokenizer of {tokenizer.source} names no end token, so a model could not learn to stop",
-                expected="eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
-            )
-        answer.append(tokenizer.eos_id)
-    return Example(
-        tokens=prompt + answer, labels=[IGNORE] * len(prompt) + answer, num_prompt_tokens=len(prompt), row=row
-    )
+    if max_length < 2:
+        raise DataError("the longest example is too short", got=f"{max_length} tokens", expected="at least 2")
+    if too_long not in get_args(TooLong):
+        raise DataError("rows that are too long cannot be handled so", got=too_long, expected="drop or truncate")
+    if learn not in LEARN:
+        raise DataError("conversations cannot be learned so", got=learn, expected="all or last")
+    for _, group in groupby(enumerate(rows), key=_conversation):
+        turns = [make_example(row, tokenizer, template) for _, row in group]
+        if learn == "last":
+            turns = [replace(turns[-1], key=turns[0].key)]
+        elif len(turns) > 1:
+            joined = join_turns(turns)
+            turns = [replace(turn, key=turns[0].key) for turn in turns]
+            if joined is not None and len(joined.tokens) <= max_length:
+                turns = [joined]
+        for example in turns:
+            size = len(example.tokens)
+            if size > max_length:
+                cut = shorten(example, tokenizer, max_length) if too_long == "truncate" else None
+                if cut is None:
+                    yield LeftOut(row=example.row, num_tokens=size)
+                    continue
+                example = cut
+            yield example
 
 
-def _truncated(example: Example, tokenizer: Tokenizer, max_length: int) -> Example | None:
-    """The example with the start of its prompt cut (a begin token stays), None where the answer leaves no room."""
-    answer = example.tokens[example.num_prompt_tokens :]
-    prompt = example.tokens[: example.num_prompt_tokens]
-    head = prompt[:1] if prompt and prompt[0] == tokenizer.bos_id else []
-    room = max_length - len(answer) - len(head)
-    if room < 1:
-        return None
-    prompt = head + prompt[-room:]
-    return Example(
-        tokens=prompt + answer,
-        labels=[IGNORE] * len(prompt) + answer,
-        num_prompt_tokens=len(prompt),
-        row=example.row,
-        truncated=True,
-    )
+def _conversation(numbered: tuple[int, Row]) -> tuple[object, ...]:
+    """Equal for turns of one conversation, which come one after the other; unique for any other row."""
+    number, row = numbered
+    return (row.file, row.number) if "messages" in row.extra else (None, number)
 
 
-def _stats(examples: Sequence[Example], *, num_too_long: int) -> ExampleStats:
-    lengths = sorted(len(example.tokens) for example in examples)
-    learned = sum(label != IGNORE for example in examples for label in example.labels)
-    return ExampleStats(
-        num_examples=len(examples),
-        num_too_long=num_too_long,
-        num_truncated=sum(example.truncated for example in examples),
-        tokens_total=sum(lengths),
-        tokens_mean=round(fmean(lengths), 2),
-        tokens_p50=_nearest_rank(lengths, 50),
-        tokens_p95=_nearest_rank(lengths, 95),
-        tokens_max=lengths[-1],
-        label_tokens_total=learned,
-        label_share=round(learned / sum(lengths), 4),
-    )
+def example_stats(
+    lengths: Sequence[int] | NDArray[np.int32], *, num_labels: int, num_too_long: int, num_truncated: int
+) -> ExampleStats:
+    """Figures over examples of these lengths.
 
-
-def _nearest_rank(ordered: Sequence[int], percent: int) -> int:
-    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
-
-
-def _preflight(examples: Sequence[Example], tokenizer: Tokenizer, template: Template) -> Preflight:
-    sample = examples[:64]  # rendering twice costs as much as tokenizing; the facts hold per template, not per row
-    prefixes = round_trips = spelled = True
-    for example in sample:
-        rendered = template.render(example.row, tokenizer)
-        alone = prompt_tokens(
-            template.render_prompt(example.row, tokenizer), tokenizer, add_special_tokens=rendered.add_special_tokens
+    Raises:
+        DataError: nothing would be learned.
+    """
+    if num_labels == 0:
+        raise DataError(
+            "all labels are masked: no token would be learned", remedy="Check the template and the answer column"
         )
-        if not example.truncated:
-            prefixes &= example.tokens[: example.num_prompt_tokens] == alone
-        learned = example.tokens[example.num_prompt_tokens :]
-        round_trips &= tokenizer.decode(learned).strip() == _without_specials(rendered.answer, tokenizer).strip()
-        spelled &= bool(rendered.end)
-    return Preflight(
-        ends_learned=all(example.labels[-1] in tokenizer.eos_ids for example in examples),
-        pad_differs_from_eos=None if tokenizer.pad_id is None else tokenizer.pad_id not in tokenizer.eos_ids,
-        prompts_are_prefixes=prefixes,
-        answers_round_trip=round_trips,
-        end_is_spelled=spelled,
+    ordered = np.sort(np.asarray(lengths, dtype=np.int32))
+    total = int(ordered.sum(dtype=np.int64))
+    return ExampleStats(
+        num_examples=len(ordered),
+        num_too_long=num_too_long,
+        num_truncated=num_truncated,
+        tokens_total=total,
+        tokens_mean=round(total / len(ordered), 2),
+        tokens_p50=_nearest_rank(ordered, 50),
+        tokens_p95=_nearest_rank(ordered, 95),
+        tokens_max=int(ordered[-1]),
+        label_tokens_total=num_labels,
+        label_share=round(num_labels / total, 4),
     )
 
 
-def _without_specials(text: str, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(tokenizer.encode(text)) if tokenizer.special_ids & set(tokenizer.encode(text)) else text
+def nothing_fits(num_rows: int, *, shortest: int, max_length: int) -> DataError:
+    """The error of rows that are all too long."""
+    return DataError(
+        f"all {num_rows} rows are longer than {max_length} tokens",
+        got=f"the shortest has {shortest}",
+        remedy="Raise --max-length, or keep the ends of prompts with --too-long truncate",
+    )
+
+
+def _nearest_rank(ordered: NDArray[np.int32], percent: int) -> int:
+    return int(ordered[max(0, -(-len(ordered) * percent // 100) - 1)])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
-from burnish.data.examples import IGNORE, Example, ExampleSet
+from burnish.data.encoding import IGNORE, Example
+from burnish.data.examples import ExampleSet
 from burnish.data.rows import RowSet
 from burnish.data.tokenizer import Tokenizer
 
@@ -43,6 +46,7 @@ class Inspection:
     Attributes:
         facts: (statement, "ok" | "remark" | "problem"), for people.
         stats: as `ExampleStats.to_dict`, with num_rows and num_bad_rows.
+        preflight: as `Preflight.to_dict`.
     """
 
     source: str
@@ -54,6 +58,7 @@ class Inspection:
     bad_rows: list[str]
     stats: dict[str, Any]
     facts: list[tuple[str, str]]
+    preflight: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
@@ -82,20 +87,19 @@ def inspect_rows(
         bad_rows=[str(bad) for bad in row_set.bad_rows[:num_bad_rows]],
         stats=stats,
         facts=_facts(row_set, example_set, tokenizer),
+        preflight=example_set.preflight.with_bad_rows([bad.reason for bad in row_set.bad_rows]).to_dict(),
     )
 
 
 def _view(example: Example, tokenizer: Tokenizer) -> RowView:
     learned = [label != IGNORE for label in example.labels]
-    # Two streams: a character held back at the end of the prompt must not show up among the learned ones.
-    start = example.num_prompt_tokens
-    texts = _texts(example.tokens[:start], tokenizer) + _texts(example.tokens[start:], tokenizer)
+    texts: list[str] = []
     segments: list[tuple[str, bool]] = []
-    for text, flag in zip(texts, learned, strict=True):
-        if segments and segments[-1][1] == flag:
-            segments[-1] = (segments[-1][0] + text, flag)
-        else:
-            segments.append((text, flag))
+    # A stream per run: a character held back at the end of a prompt must not show up among the learned ones.
+    for flag, run in groupby(zip(example.tokens, learned, strict=True), key=itemgetter(1)):
+        pieces = _texts([token for token, _ in run], tokenizer)
+        texts += pieces
+        segments.append(("".join(pieces), flag))
     return RowView(
         file=example.row.file,
         number=example.row.number,
@@ -127,32 +131,24 @@ def _texts(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def _facts(row_set: RowSet, example_set: ExampleSet, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """What was found to be in order, then every remark and problem."""
     flight, stats = example_set.preflight, example_set.stats
-    facts = [
-        ("every answer ends with a learned end token", "ok")
-        if flight.ends_learned
-        else ("some answers end without a learned end token: the model may not stop", "problem"),
-        ("prompts have the same token ids in training and at inference", "ok")
-        if flight.prompts_are_prefixes
-        else ("prompts have other token ids in training than at inference", "problem"),
-        ("answers survive tokenizing and decoding", "ok")
-        if flight.answers_round_trip
-        else ("some answers change when they are tokenized and decoded", "problem"),
+    in_order = [
+        (flight.ends_learned, "every answer ends with a learned end token"),
+        (flight.num_wrong_masks == 0, "exactly the answers are learned"),
+        (flight.prompts_are_prefixes, "prompts have the same token ids in training and at inference"),
+        (flight.answers_round_trip, "answers survive tokenizing and decoding"),
+        (flight.pad_differs_from_eos is True, "the pad token is not an end token"),
+        (
+            flight.pad_differs_from_eos is None,
+            "the tokenizer has no pad token; padding is masked, so none is needed",
+        ),
     ]
-    if flight.pad_differs_from_eos is None:
-        facts.append(("the tokenizer has no pad token; padding is masked, so none is needed", "ok"))
-    elif flight.pad_differs_from_eos:
-        facts.append(("the pad token is not an end token", "ok"))
-    else:
-        facts.append(("the pad token is an end token; padding is masked, so the end is learned all the same", "remark"))
-    if example_set.template == "chat" and not flight.end_is_spelled:
-        facts.append(("the chat template spells out no end marker; the tokenizer's end token is added", "remark"))
-    if stats.num_too_long:
-        facts.append((f"{stats.num_too_long} rows are longer than {example_set.max_length} tokens: left out", "remark"))
-    if stats.num_truncated:
-        facts.append((f"{stats.num_truncated} prompts were cut at their start, answers are whole", "remark"))
+    facts = [(statement, "ok") for holds, statement in in_order if holds]
+    facts += [(statement, "problem") for statement in flight.errors]
     if tokenizer.max_length is not None and stats.tokens_max > tokenizer.max_length:
         facts.append((f"the longest example exceeds the tokenizer's limit of {tokenizer.max_length} tokens", "problem"))
-    if row_set.bad_rows:
+    facts += [(statement, "remark") for statement in flight.warnings]
+    if row_set.bad_rows and not flight.num_bad_rows:
         facts.append((f"{len(row_set.bad_rows)} rows are unusable", "remark"))
     return facts

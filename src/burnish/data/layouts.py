@@ -23,10 +23,10 @@ _ROLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which columns hold a row's fields; `chat` is the column with a conversation instead.
+    """Which columns hold a row's fields; `chat` is the column with a conversation instead, `text` one with a text.
 
     Attributes:
-        name: "alpaca", "sql", "prompt", "chat", "question" or "columns" (mapped by hand).
+        name: "alpaca", "sql", "prompt", "chat", "question", "text" or "columns" (mapped by hand).
         context_required: whether a row without its context column is a bad row.
     """
 
@@ -36,18 +36,19 @@ class Layout:
     context: str | None = None
     context_required: bool = False
     chat: str | None = None
+    text: str | None = None
 
     @property
     def required(self) -> tuple[str, ...]:
-        if self.chat:
-            return (self.chat,)
+        if self.chat or self.text:
+            return (self.chat or self.text or "",)
         context = (self.context,) if self.context and self.context_required else ()
         return (self.instruction, *context, self.answer)
 
     @property
     def columns(self) -> frozenset[str]:
         """Every column that the layout reads."""
-        return frozenset(filter(None, (self.instruction, self.context, self.answer, self.chat)))
+        return frozenset(filter(None, (self.instruction, self.context, self.answer, self.chat, self.text)))
 
 
 LAYOUTS = (
@@ -60,6 +61,7 @@ LAYOUTS = (
     Layout(name="columns", instruction="instruction", context="context", answer="answer"),
     Layout(name="question", instruction="question", answer="answer"),
 )
+TEXT = Layout(name="text", text="text")  # completed, not answered: only where texts are asked for
 
 
 class BadValueError(Exception):
@@ -76,7 +78,9 @@ class Fields:
     history: tuple[dict[str, str], ...] = ()
 
 
-def choose_layout(found: Iterable[str], *, columns: Mapping[str, str] | None, source: str) -> Layout:
+def choose_layout(
+    found: Iterable[str], *, columns: Mapping[str, str] | None, source: str, texts: bool = False
+) -> Layout:
     """The layout that fits the columns found, or the one that `columns` asks for.
 
     Args:
@@ -84,20 +88,21 @@ def choose_layout(found: Iterable[str], *, columns: Mapping[str, str] | None, so
         columns: field -> column name, such as {"instruction": "question", "answer": "query"}; instruction and answer
             must be there, context may be.
         source: the data set's name, for messages of errors.
+        texts: rows with nothing but a text will do, too; their column may be mapped as "text".
 
     Raises:
         DataError: a mapped column is missing, or no known layout fits; found and expected columns are named.
     """
     names = list(dict.fromkeys(found))
     if columns is not None:
-        return _mapped_layout(names, columns, source=source)
-    for layout in LAYOUTS:
+        return _mapped_layout(names, columns, source=source, texts=texts)
+    for layout in (*LAYOUTS, TEXT) if texts else LAYOUTS:
         if set(layout.required) <= set(names):
             return layout
     wanted = sorted({name for layout in LAYOUTS for name in layout.required} - set(names))
     hints = [f"{close[0]} for {name}" for name in names if (close := get_close_matches(name, wanted, n=1, cutoff=0.75))]
     hint = f"Did you mean {' and '.join(hints)}? " if hints else ""
-    known = list(dict.fromkeys("+".join(layout.required) for layout in LAYOUTS))
+    known = list(dict.fromkeys("+".join(layout.required) for layout in LAYOUTS)) + ["text"] * texts
     raise DataError(
         f"the columns of {source} fit no known layout",
         got=", ".join(names) or "no columns",
@@ -106,17 +111,20 @@ def choose_layout(found: Iterable[str], *, columns: Mapping[str, str] | None, so
     )
 
 
-def _mapped_layout(found: list[str], columns: Mapping[str, str], *, source: str) -> Layout:
+def _mapped_layout(found: list[str], columns: Mapping[str, str], *, source: str, texts: bool) -> Layout:
+    known = FIELDS
+    if texts and "text" in columns:  # a text stands alone
+        known = ("text",)
     for field in columns:
-        if field not in FIELDS:
-            close = get_close_matches(field, FIELDS, n=1)
+        if field not in known:
+            close = get_close_matches(field, known, n=1)
             raise DataError(
                 "the column mapping has an unknown field",
                 got=field,
-                expected=", ".join(FIELDS),
+                expected=", ".join(known),
                 remedy=f"Did you mean {close[0]}?" if close else None,
             )
-    missing = [field for field in ("instruction", "answer") if not columns.get(field)]
+    missing = [field for field in ("instruction", "answer") if field in known and not columns.get(field)]
     if missing:
         raise DataError(
             f"the column mapping does not say which column holds the {' and the '.join(missing)}",
@@ -131,6 +139,8 @@ def _mapped_layout(found: list[str], columns: Mapping[str, str], *, source: str)
                 got=", ".join(found) or "no columns",
                 remedy=f"Did you mean {close[0]}?" if close else None,
             )
+    if known == ("text",):
+        return Layout(name="text", text=columns["text"])
     return Layout(
         name="columns",
         instruction=columns["instruction"],
@@ -149,6 +159,8 @@ def read_fields(value: object, layout: Layout) -> list[Fields]:
         raise BadValueError(f"the row is {_kind(value)}, not an object")
     if layout.chat:
         return _conversation(value, layout.chat)
+    if layout.text:
+        return [Fields(instruction="", context="", answer=_text(value, layout.text, empty="refused"))]
     context = ""
     if layout.context:
         context = _text(value, layout.context, empty="allowed" if not layout.context_required else "refused")

@@ -251,3 +251,28 @@ def hub_records(source: str, *, offline: bool) -> Iterator[Record]:
             got=str(error).strip().partition("\n")[0] or type(error).__name__,
             remedy="Check the name and the network, or name a local file (.json, .jsonl, .csv, .parquet)",
         ) from error
+
+
+def hub_commit(source: str, *, offline: bool) -> str:
+    """The commit that a hub data set's name or revision stands for now; offline, the one that was fetched last.
+
+    Raises:
+        DataError: there is no such data set, the network is not there, or it was never fetched.
+    """
+    import huggingface_hub  # takes a while to import, and only hub data needs it
+
+    name, _, revision = source.partition(":")[0].partition("@")
+    try:
+        if not offline:
+            return str(huggingface_hub.HfApi().dataset_info(name, revision=revision or None, timeout=30).sha)
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, repo_type="dataset", revision=revision or None, local_files_only=True, allow_patterns=[]
+            )
+        ).name
+    except Exception as error:  # network, hub and cache errors of several libraries
+        raise DataError(
+            f"the hub data set {source} cannot be found",
+            got=str(error).strip().partition("\n")[0] or type(error).__name__,
+            remedy="Check the name and the network, or name a local file (.json, .jsonl, .csv, .parquet)",
+        ) from error

@@ -62,7 +62,8 @@ class RowSet:
     """What a source gave.
 
     Attributes:
-        layout: the name of the layout that the columns fit ("sql", "alpaca", "chat", "prompt", "question", "columns").
+        layout: the name of the layout that the columns fit ("sql", "alpaca", "chat", "prompt", "question", "text",
+            "columns").
         columns: the columns found, in order.
     """
 
@@ -76,6 +77,21 @@ class RowSet:
         return len(self.rows)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowStream:
+    """A source that is being read: rows and bad rows one at a time, in order, to be gone through once.
+
+    Attributes:
+        items: the rows of one record each (a conversation gives several), or why it gave none.
+        layout, columns: as in `RowSet`.
+    """
+
+    items: Iterator[list[Row] | BadRow]
+    source: str
+    layout: str
+    columns: tuple[str, ...]
+
+
 def read_rows(
     source: str | Path,
     *,
@@ -84,6 +100,7 @@ def read_rows(
     check_sql: bool = False,
     seed: int = 0,
     offline: bool = False,
+    texts: bool = False,
 ) -> RowSet:
     """Read the rows of a source; unusable ones are collected, never raised.
 
@@ -94,6 +111,7 @@ def read_rows(
         check_sql: also refuse rows whose answer does not run on the database that their context describes.
         seed: of the bundled task's generator.
         offline: never reach for the network.
+        texts: also take rows with nothing but a text; it becomes the answer to an empty instruction.
 
     Raises:
         DataError: the source is missing, broken, empty or has no usable row, or its columns are unknown.
@@ -101,6 +119,37 @@ def read_rows(
     """
     if limit is not None and limit < 1:
         raise DataError("the limit of rows is too small", got=limit, expected="at least 1")
+    stream = stream_rows(source, columns=columns, check_sql=check_sql, seed=seed, offline=offline, texts=texts)
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    while limit is None or len(rows) < limit:
+        item = next(stream.items, None)
+        if item is None:
+            break
+        if isinstance(item, BadRow):
+            bad.append(item)
+        else:
+            rows.extend(item)
+    if not rows:
+        raise no_usable_row(stream.source, len(bad), bad[0])
+    return RowSet(rows=rows[:limit], bad_rows=bad, source=stream.source, layout=stream.layout, columns=stream.columns)
+
+
+def stream_rows(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    check_sql: bool = False,
+    seed: int = 0,
+    offline: bool = False,
+    texts: bool = False,
+) -> RowStream:
+    """`read_rows` without a list: opens the source, chooses the layout, and leaves the reading to the caller.
+
+    Raises:
+        DataError: the source is missing, broken or empty, or its columns are unknown.
+        MissingExtraError: Parquet or hub data, and the data extra is not installed.
+    """
     name = str(source)
     records = _records(source, offline=offline, seed=seed)
     first = list(islice(records, _ROWS_TO_SEE_COLUMNS))
@@ -111,21 +160,21 @@ def read_rows(
     if not seen:
         reason = first[0].problem or "no row is an object with named columns"
         raise DataError(f"{name} has no usable row", got=f"row {first[0].number}: {reason}")
-    layout = choose_layout(found, columns=columns, source=name)
-    rows: list[Row] = []
-    bad: list[BadRow] = []
-    for record in chain(first, records):
-        if limit is not None and len(rows) >= limit:
-            break
+    layout = choose_layout(found, columns=columns, source=name, texts=texts)
+
+    def rows_or_reason(record: Record) -> list[Row] | BadRow:
         try:
-            rows.extend(_rows_of(record, layout, file=name, check_sql=check_sql))
+            return _rows_of(record, layout, file=name, check_sql=check_sql)
         except BadValueError as error:
-            bad.append(BadRow(file=name, number=record.number, reason=str(error)))
-    if not rows:
-        raise DataError(
-            f"all {len(bad)} rows of {name} are unusable", got=f"row {bad[0].number}: {bad[0].reason}, and so on"
-        )
-    return RowSet(rows=rows[:limit], bad_rows=bad, source=name, layout=layout.name, columns=found)
+            return BadRow(file=name, number=record.number, reason=str(error))
+
+    items = map(rows_or_reason, chain(first, records))
+    return RowStream(items=items, source=name, layout=layout.name, columns=found)
+
+
+def no_usable_row(name: str, num_bad: int, first: BadRow) -> DataError:
+    """The error of a source with nothing but bad rows."""
+    return DataError(f"all {num_bad} rows of {name} are unusable", got=f"row {first.number}: {first.reason}, and so on")
 
 
 def _records(source: str | Path, *, offline: bool, seed: int) -> Iterator[Record]:

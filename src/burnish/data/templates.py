@@ -1,8 +1,9 @@
 """Prompt templates: how a row becomes the text a model reads and the text it learns to answer.
 
 `chat` is the tokenizer's own chat template, `alpaca` the published Alpaca headings, `sql-context` three short headings
-for a question about a schema. `auto` means chat where the tokenizer has a template; without one, sql-context for rows
-that came as question, context and answer, and alpaca for everything else.
+for a question about a schema, `plain` the row's words as they stand, without headings. `auto` means plain for texts
+that answer nothing; else chat where the tokenizer has a template; without one, sql-context for rows that came as
+question, context and answer, and alpaca for everything else.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Protocol
 
-from burnish.data.rows import Row, RowSet
+from burnish.data.rows import Row, RowSet, RowStream
 from burnish.data.tokenizer import Tokenizer
 from burnish.errors import ConfigError, DataError
 
@@ -133,22 +134,41 @@ class SqlContextTemplate:
         return Rendered(prompt=self.render_prompt(row, tokenizer), answer=row.answer)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlainTemplate:
+    """No headings: the prompt as it stands and its completion; of a text without a prompt, every token is learned."""
+
+    name: str = "plain"
+
+    def render_prompt(self, row: Row, tokenizer: Tokenizer) -> str:
+        _refuse_conversation(row, self.name)
+        return f"{row.context}\n\n{row.instruction}" if row.context.strip() else row.instruction
+
+    def render(self, row: Row, tokenizer: Tokenizer) -> Rendered:
+        return Rendered(prompt=self.render_prompt(row, tokenizer), answer=row.answer)
+
+
 TEMPLATES: Mapping[str, Template] = {
-    template.name: template for template in (ChatTemplate(), AlpacaTemplate(), SqlContextTemplate())
+    template.name: template for template in (ChatTemplate(), AlpacaTemplate(), SqlContextTemplate(), PlainTemplate())
 }
 
 
-def pick_template(name: str, tokenizer: Tokenizer, rows: RowSet | None = None) -> Template:
+def pick_template(name: str, tokenizer: Tokenizer, rows: RowSet | RowStream | None = None) -> Template:
     """The template of that name, or for "auto" the one that fits tokenizer and rows (see the top of this file).
 
     Raises:
         ConfigError: no template has this name.
-        DataError: chat is asked for, and the tokenizer has no chat template.
+        DataError: chat is asked for, and the tokenizer has no chat template; or headings for texts without a prompt.
     """
+    layout = None if rows is None else rows.layout
     if name == "auto":
+        if layout == "text":
+            return TEMPLATES["plain"]
         if tokenizer.chat_template is not None:
             return TEMPLATES["chat"]
-        return TEMPLATES["sql-context" if rows is not None and rows.layout == "sql" else "alpaca"]
+        return TEMPLATES["sql-context" if layout == "sql" else "alpaca"]
+    if layout == "text" and name in TEMPLATES and name != "plain":
+        raise DataError(f"the template {name} needs prompts, and the rows are texts", remedy="Choose --template plain")
     if name not in TEMPLATES:
         known = ["auto", *TEMPLATES]
         close = get_close_matches(name, known, n=1)

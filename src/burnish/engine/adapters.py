@@ -143,7 +143,16 @@ def adapter_of_each(adapter: str | SequenceOf[str | None] | None, count: int) ->
 
 
 def scaled(weights: LoraWeights) -> AdapterMatrices:
-    """A and B of each linear, float32 and contiguous, the scaling multiplied into B."""
+    """A and B of each linear, float32 and contiguous, the scaling multiplied into B.
+
+    Raises:
+        ConfigError: a DoRA adapter, which is more than a product to add.
+    """
+    if weights.magnitudes:
+        raise ConfigError(
+            f"{weights.folder} is a DoRA adapter, which cannot be served beside its base",
+            remedy="Run it alone with --adapter, or merge it: burnish merge ADAPTER --out DIR",
+        )
     return {
         name: (a_RI.contiguous(), torch.mul(b_OR, weights.scale).contiguous())
         for name, (a_RI, b_OR) in weights.pairs.items()

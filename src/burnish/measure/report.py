@@ -156,6 +156,8 @@ def headline(run: RunRecord) -> Headline:
     elif passed:
         verdict = "pass"
         title = f"All {len(passed)} gates passed" if len(passed) > 1 else f"{passed[0]} passed its gate"
+    elif run.training and not run.variants:
+        verdict, title = "none", f"Tuned for {run.training[-1].step} steps; no gate was run"
     else:
         verdict, title = "none", "No gate was run"
     sentences = [_quality_sentence(run), _size_sentence(run)]

@@ -1,51 +1,36 @@
-"""The report's plots as inline SVG. Torch-free; matplotlib is imported when the first plot is drawn, without a display.
-
-Colours are sentinels that become CSS variables, so that one drawing serves light and dark pages; text stays text and
-takes the page's font. The same record gives the same bytes.
-"""
+"""The report's plots as inline SVG. Torch-free. Those of a training run are in `report_training.py`."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from burnish.measure.formatting import format_bytes, format_column, format_rate, format_share, is_missing
+from burnish.measure.formatting import format_bytes, format_column, format_rate, format_share
 from burnish.measure.plot_labels import place_labels
-from burnish.measure.run_record import LossPoint, RunRecord, Variant
+from burnish.measure.report_drawing import (
+    ACCENT,
+    FAIL,
+    FONT,
+    HEIGHT,
+    INK,
+    MEBI,
+    MUTED,
+    SURFACE,
+    WIDTH,
+    Plot,
+    blank_figure,
+    finished_plot,
+    style,
+)
+from burnish.measure.report_training import training_plots
+from burnish.measure.run_record import RunRecord, Variant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _MUTED, _GRID, _ACCENT, _SECOND, _FAIL, _SURFACE = (f"#01020{digit}" for digit in range(3, 10))
-_VARIABLES = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _GRID: "var(--grid)",
-    _ACCENT: "var(--accent)",
-    _SECOND: "var(--second)",
-    _FAIL: "var(--fail)",
-    _SURFACE: "var(--surface)",
-}
-_WIDTH = 5.2  # inches; at 72 units each a phone shows the letters at their size
-_FONT = 9.5
-_HEIGHT = 3.2
-_MEBI = 1024**2
 _BREAK = 0.35  # an empty stretch of the score axis from which on it is broken
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A drawing with what it shows in words, for those who cannot see it."""
-
-    name: str
-    title: str
-    description: str
-    svg: str
 
 
 def draw_plots(run: RunRecord) -> list[Plot]:
@@ -54,14 +39,13 @@ def draw_plots(run: RunRecord) -> list[Plot]:
         quality_against_size,
         quality_against_speed,
         memory_per_stage,
-        loss_curve,
     )
-    return [plot for plot in (make(run) for make in makers) if plot is not None]
+    return [*(plot for plot in (make(run) for make in makers) if plot is not None), *training_plots(run)]
 
 
 def quality_against_size(run: RunRecord) -> Plot | None:
     """Score with its interval over disk size; None without two known points."""
-    known = [(v, v.disk_bytes / _MEBI, v.score) for v in run.variants if v.disk_bytes and v.score is not None]
+    known = [(v, v.disk_bytes / MEBI, v.score) for v in run.variants if v.disk_bytes and v.score is not None]
     if len(known) < 2:
         return None
     words = "; ".join(f"{v.name} {format_share(v.score)} at {format_bytes(v.disk_bytes)}" for v, _, _ in known)
@@ -93,8 +77,8 @@ def _score_scatter(
     axis: str,
     words: str,
 ) -> Plot:
-    with _style():
-        figure, whole = _figure(height=_HEIGHT)
+    with style():
+        figure, whole = blank_figure(height=HEIGHT)
         parts = _score_axes(figure, whole, [variant for variant, _, _ in known])
         lowest, highest = min(x for _, x, _ in known), max(x for _, x, _ in known)
         room = max(0.18 * (highest - lowest), 0.06 * highest) or 1.0
@@ -102,31 +86,31 @@ def _score_scatter(
             axes.set_xlim(max(0.0, lowest - room), highest + room)
         parts[-1].set_xlabel(axis)
         figure.text(
-            0.022, sum(whole.get_position().intervaly) / 2, f"{run.metric}, %", rotation=90, va="center", color=_MUTED
+            0.022, sum(whole.get_position().intervaly) / 2, f"{run.metric}, %", rotation=90, va="center", color=MUTED
         )
         blocks = []
         for variant, x, score in known:
             low, high = _interval(variant)
             axes = next((part for part in parts if part.get_ylim()[0] <= 100 * score), parts[-1])
-            color = _FAIL if variant.verdict == "fail" else _MUTED if variant.parent is None else _ACCENT
+            color = FAIL if variant.verdict == "fail" else MUTED if variant.parent is None else ACCENT
             axes.vlines(x, 100 * low, 100 * high, color=color, linewidth=2.4, alpha=0.4)
             marker = "X" if variant.verdict == "fail" else "o"
             axes.plot(
-                [x], [100 * score], marker, color=color, markersize=7, markeredgecolor=_SURFACE, zorder=3, clip_on=False
+                [x], [100 * score], marker, color=color, markersize=7, markeredgecolor=SURFACE, zorder=3, clip_on=False
             )
             left, bottom = axes.transData.transform((x, 100 * low))
             _, top = axes.transData.transform((x, 100 * high))
             middle = axes.transData.transform((x, 100 * score))[1]
             blocks.append((left - 4, min(bottom, middle - 4), left + 4, max(top, middle + 4)))
         frame = figure.transFigure.transform([(whole.get_position().x0, 0), (1, 1)])
-        bounds = (frame[0][0] + 2, parts[-1].bbox.y0, frame[1][0] - 2, parts[0].bbox.y1 + _FONT)
+        bounds = (frame[0][0] + 2, parts[-1].bbox.y0, frame[1][0] - 2, parts[0].bbox.y1 + FONT)
         names = [variant.name for variant, _, _ in known]
-        for text, (x, y) in zip(names, place_labels(names, blocks, bounds=bounds, font_size=_FONT)):
+        for text, (x, y) in zip(names, place_labels(names, blocks, bounds=bounds, font_size=FONT)):
             place = figure.transFigure.inverted().transform((x, y))
             figure.text(
-                float(place[0]), float(place[1]), text, ha="left", va="baseline", color=_INK, fontsize=_FONT, zorder=4
+                float(place[0]), float(place[1]), text, ha="left", va="baseline", color=INK, fontsize=FONT, zorder=4
             )
-        return _plot(figure, name=name, title=title, description=f"{title}. {words}.")
+        return finished_plot(figure, name=name, title=title, description=f"{title}. {words}.")
 
 
 def _interval(variant: Variant) -> tuple[float, float]:
@@ -170,7 +154,7 @@ def _score_axes(figure: Figure, whole: Axes, variants: Sequence[Variant]) -> lis
             transform=axes.transAxes,
             marker=[(-1, -0.5), (1, 0.5)],
             markersize=9,
-            color=_MUTED,
+            color=MUTED,
             clip_on=False,
         )
     return [top, bottom]
@@ -182,15 +166,15 @@ def memory_per_stage(run: RunRecord) -> Plot | None:
     if not stages:
         return None
     highest = max(max(s.measured_peak_bytes or 0, s.predicted_peak_bytes or 0) for s in stages) or 1
-    unit, name = (1024**3, "GiB") if highest >= 2 * 1024**3 else (_MEBI, "MiB")
-    with _style():
+    unit, name = (1024**3, "GiB") if highest >= 2 * 1024**3 else (MEBI, "MiB")
+    with style():
         letters = max(len(stage.name) for stage in stages)
-        left = min(0.45, 0.04 + 0.58 * _FONT * letters / (72 * _WIDTH))
-        figure, axes = _figure(height=0.62 + 0.43 * len(stages), left=left)
+        left = min(0.45, 0.04 + 0.58 * FONT * letters / (72 * WIDTH))
+        figure, axes = blank_figure(height=0.62 + 0.43 * len(stages), left=left)
         axes.set_ylim(len(stages) - 0.45, -0.55)
         axes.set_xlim(0, 1.2 * highest / unit)
         axes.set_yticks(range(len(stages)), [stage.name for stage in stages])
-        axes.tick_params(axis="y", length=0, labelcolor=_INK)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"peak memory, {name}")
         for row, stage in enumerate(stages):
@@ -202,7 +186,7 @@ def memory_per_stage(run: RunRecord) -> Plot | None:
             f"{format_bytes(stage.predicted_peak_bytes)} predicted"
             for stage in stages
         )
-        return _plot(
+        return finished_plot(
             figure,
             name="memory",
             title="Memory per stage",
@@ -217,8 +201,8 @@ def _bar(axes: Axes, place: float, size: int | None, unit: int, *, solid: bool) 
         place,
         size / unit,
         height=0.3,
-        color=_ACCENT if solid else "none",
-        edgecolor=_ACCENT if solid else _MUTED,
+        color=ACCENT if solid else "none",
+        edgecolor=ACCENT if solid else MUTED,
         linewidth=0.9,
         linestyle="-" if solid else (0, (3, 2)),
     )
@@ -228,138 +212,6 @@ def _bar(axes: Axes, place: float, size: int | None, unit: int, *, solid: bool) 
         xytext=(4, 0),
         textcoords="offset points",
         va="center_baseline",
-        color=_INK if solid else _MUTED,
-        fontsize=_FONT - 1.5,
+        color=INK if solid else MUTED,
+        fontsize=FONT - 1.5,
     )
-
-
-def loss_curve(run: RunRecord) -> Plot | None:
-    """Training loss by step, smoothed over it, and the held-out loss."""
-    train, held_out = _finite(run.loss), _finite(run.eval_loss)
-    if len(train) < 2:
-        return None
-    with _style():
-        figure, axes = _figure(height=_HEIGHT)
-        steps = [point.step for point in train]
-        losses = [point.loss for point in train]
-        smooth = _smoothed(losses)
-        axes.plot(steps, losses, color=_ACCENT, linewidth=0.8, alpha=0.35)
-        axes.plot(steps, smooth, color=_ACCENT, linewidth=1.8)
-        if held_out:
-            axes.plot(
-                [point.step for point in held_out],
-                [point.loss for point in held_out],
-                color=_SECOND,
-                linewidth=1.4,
-                marker="o",
-                markersize=4,
-                markeredgecolor=_SURFACE,
-                markeredgewidth=0.8,
-            )
-        axes.set_xlim(min(steps), max(steps) + 0.02 * (max(steps) - min(steps)))
-        top = max([*smooth, *(point.loss for point in held_out)])
-        axes.set_ylim(0, 1.08 * top if top > 0 else 1.0)
-        axes.set_xlabel("optimizer step")
-        figure.text(
-            0.022,
-            sum(axes.get_position().intervaly) / 2,
-            "loss, nats per token",
-            rotation=90,
-            va="center",
-            color=_MUTED,
-        )
-        words = f"From {losses[0]:.3f} at step {steps[0]} to {smooth[-1]:.3f} at step {steps[-1]}"
-        words += f"; held out {held_out[-1].loss:.3f} at step {held_out[-1].step}." if held_out else "."
-        return _plot(figure, name="loss", title="Training loss", description=f"Training loss. {words}")
-
-
-def _finite(points: Sequence[LossPoint]) -> list[LossPoint]:
-    return [point for point in points if not is_missing(point.loss)]
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """A centred mean over a twentieth of the run; near the ends over as much as both sides have, so that none lags."""
-    half = len(values) // 40
-    result = []
-    for place in range(len(values)):
-        reach = min(half, place, len(values) - 1 - place)
-        around = values[place - reach : place + reach + 1]
-        result.append(math.fsum(around) / len(around))
-    return result
-
-
-def _style() -> Any:
-    from matplotlib import rc_context
-
-    return rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "burnish",
-            "font.family": "DejaVu Sans",
-            "font.size": _FONT,
-            "figure.dpi": 72,  # one pixel is one unit of the drawing
-            "text.color": _INK,
-            "text.parse_math": False,  # a $ in a name is a $
-            "axes.facecolor": "none",
-            "axes.edgecolor": _GRID,
-            "axes.labelcolor": _MUTED,
-            "axes.labelsize": _FONT,
-            "axes.linewidth": 0.8,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "axes.unicode_minus": True,
-            "grid.color": _GRID,
-            "grid.linewidth": 0.7,
-            "xtick.color": _GRID,
-            "ytick.color": _GRID,
-            "xtick.labelcolor": _MUTED,
-            "ytick.labelcolor": _MUTED,
-            "xtick.labelsize": _FONT - 0.5,
-            "ytick.labelsize": _FONT - 0.5,
-            "ytick.major.size": 0,
-        }
-    )
-
-
-def _figure(*, height: float, left: float = 0.115) -> tuple[Figure, Axes]:
-    """A bare figure with one axes; heights in inches, margins fixed so that all plots line up."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), dpi=72)
-    FigureCanvasSVG(figure)
-    axes = figure.add_axes((left, 0.5 / height, 0.985 - left, 1 - 0.62 / height))
-    return figure, axes
-
-
-def _name_height(figure: Figure, axes: Axes, text: str) -> None:
-    """Name the y axis at one distance from the edge, however wide its numbers are."""
-    middle = sum(axes.get_position().intervaly) / 2
-    figure.text(0.022, middle, text, rotation=90, ha="center", va="center", color=_MUTED, fontsize=_FONT)
-
-
-def _plot(figure: Figure, *, name: str, title: str, description: str) -> Plot:
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return Plot(name=name, title=title, description=description, svg=_inline(buffer.getvalue(), name))
-
-
-def _inline(svg: str, name: str) -> str:
-    """An SVG document as an element for a page: no prolog, metadata or namespaces, and ids that no other plot has."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)  # a style would be the page's
-    svg = re.sub(r'\sxmlns(?::\w+)?="[^"]*"', "", svg)
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
-    svg = re.sub(r"font-family: [^;\"]+;?", "", svg)
-    svg = re.sub(r"(font: [^;\"]*?[\d.]+px) [^;\"]+", r"\1 var(--sans)", svg)
-    for sentinel, variable in _VARIABLES.items():
-        svg = svg.replace(sentinel, variable)
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 aria-labelledby="{name}-title" role="img">', svg)
-    return svg.strip()

@@ -83,6 +83,8 @@ class Stage:
     measured_peak_bytes: int | None = None
     components: dict[str, int] = field(default_factory=dict)
     """weights, gradients, optimizer, activations, kv, other: bytes."""
+    predicted_components: dict[str, int] = field(default_factory=dict)
+    """The same, as the plan has them."""
     status: str = "done"
     """`done`, `failed` or `skipped`."""
     note: str = ""
@@ -98,6 +100,22 @@ class LossPoint:
     loss: float
     tokens: int | None = None
     seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPoint:
+    """The profile of an optimizer step, or of several steps that end with it (long runs are thinned)."""
+
+    __pydantic_config__ = _STRICT
+
+    step: int
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_s: float | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+    """data, forward, backward, optimizer, evaluation, saving, other: seconds."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """weights, gradients, optimizer, activations, other: bytes after the largest forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +164,7 @@ class RunRecord:
     stages: list[Stage] = field(default_factory=list)
     loss: list[LossPoint] = field(default_factory=list)
     eval_loss: list[LossPoint] = field(default_factory=list)
+    training: list[TrainingPoint] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -214,5 +233,5 @@ def _as_data_error(error: ValidationError, source: str) -> DataError:
 
 
 def _known_keys() -> list[str]:
-    kinds = (RunRecord, Variant, Stage, LossPoint, Sample, SampleAnswer, DtypeShare)
+    kinds = (RunRecord, Variant, Stage, LossPoint, TrainingPoint, Sample, SampleAnswer, DtypeShare)
     return sorted({item.name for kind in kinds for item in fields(kind)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from burnish.models.peft_names import KEY_PREFIX, FileModule, file_modules
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MAGNITUDE = "lora_magnitude_vector"
 FINGERPRINT_KEY = "burnish_base_fingerprint"
+BASE_FORMAT_KEY = "burnish_base_format"
 FINGERPRINT_VALUES = 32
 FINGERPRINT_TOLERANCE = 0.01  # mean relative difference; rounding to bfloat16 makes about 0.0015
 
@@ -39,7 +41,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "bias": (None, "none"),
-    "use_dora": (None, False),
     "lora_bias": (None, False),
     "arrow_config": (None,),
     "alora_invocation_tokens": (None, []),
@@ -55,6 +56,8 @@ class LoraWeights:
         rank, alpha, dropout, rank_stabilized: see `train.lora.LoraConfig`.
         pairs: (A, B) by the canonical name of the linear, (rank, in) and (out, rank), float32; B is not scaled. The A
             of linears that are one module in the files is one tensor.
+        magnitudes: DoRA's row lengths by the same names, (out,), float32; empty for a plain adapter.
+        base_format: how the base was frozen while the adapter was trained, as written; None for a dense base.
     """
 
     folder: Path
@@ -63,6 +66,8 @@ class LoraWeights:
     dropout: float
     rank_stabilized: bool
     pairs: Mapping[str, tuple[Tensor, Tensor]]
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    base_format: Mapping[str, Any] | None = None
 
     @property
     def scale(self) -> float:
@@ -99,17 +104,26 @@ def read_adapter(
     mismatch = _Mismatch(folder, str(record.get("base_model_name_or_path") or "an unnamed base"), ours)
     if base_fingerprint is not None and FINGERPRINT_KEY in metadata:
         _check_fingerprint(base_fingerprint, metadata[FINGERPRINT_KEY], mismatch)
+    magnitudes = _taken_magnitudes(tensors)
     pairs = _pairs(tensors, folder)
     entries = {entry.name: entry for entry in file_modules(config)}
     for name in pairs:
         if name not in entries:
             raise mismatch.error(f"it has no linear {name}")
+    if set(magnitudes) != (set(pairs) if record.get("use_dora") else set()):
+        raise CheckpointError(
+            f"{folder / WEIGHTS_NAME} does not hold the magnitudes that {CONFIG_NAME} speaks of",
+            got=f"{len(magnitudes)} for {len(pairs)} linears, use_dora {bool(record.get('use_dora'))}",
+        )
     rank = int(record["r"])
     shapes = config.linear_shapes()
     placed: dict[str, tuple[Tensor, Tensor]] = {}
+    lengths: dict[str, Tensor] = {}
     for name, entry in entries.items():
         if name in pairs:
-            placed.update(_placed(shapes, entry, *pairs[name], rank, mismatch))
+            placed.update(_placed(shapes, entry, *pairs[name], rank, mismatch, keep_all=name in magnitudes))
+        if name in magnitudes:
+            lengths.update(_placed_magnitudes(shapes, entry, magnitudes[name], mismatch))
     return LoraWeights(
         folder=folder,
         rank=rank,
@@ -117,6 +131,8 @@ def read_adapter(
         dropout=float(record.get("lora_dropout") or 0.0),
         rank_stabilized=bool(record.get("use_rslora")),
         pairs=placed,
+        magnitudes=lengths,
+        base_format=_base_format(metadata, folder),
     )
 
 
@@ -151,6 +167,15 @@ def read_adapter_config(folder: Path | str) -> dict[str, Any]:
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise ConfigError(f"{path}: r and lora_alpha must be positive numbers", got=f"r {rank}, lora_alpha {alpha}")
     return record
+
+
+def read_base_format(folder: Path | str) -> dict[str, Any] | None:
+    """How the base was frozen while the adapter of this folder was trained, as written; None for a dense base.
+
+    Raises:
+        CheckpointError: the weights are missing or corrupt.
+    """
+    return _base_format(_read_metadata(Path(folder) / WEIGHTS_NAME), Path(folder))
 
 
 def fingerprint(model: nn.Module) -> dict[str, list[float]]:
@@ -211,6 +236,47 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
+def _read_metadata(path: Path) -> dict[str, str]:
+    read_header(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _base_format(metadata: Mapping[str, str], folder: Path) -> dict[str, Any] | None:
+    if BASE_FORMAT_KEY not in metadata:
+        return None
+    try:
+        record = json.loads(metadata[BASE_FORMAT_KEY])
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{folder / WEIGHTS_NAME}: the base's format is not a JSON object")
+    return record
+
+
+def _taken_magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DoRA's tensors by the name of the file's module, taken out of `tensors`."""
+    found: dict[str, Tensor] = {}
+    for key in list(tensors):
+        module, _, last = key.removesuffix(".weight").rpartition(".")
+        if last == MAGNITUDE and key.startswith(KEY_PREFIX):
+            found[module.removeprefix(KEY_PREFIX)] = tensors.pop(key)
+    return found
+
+
+def _placed_magnitudes(
+    shapes: Mapping[str, tuple[int, int]], entry: FileModule, magnitude_O: Tensor, mismatch: _Mismatch
+) -> dict[str, Tensor]:
+    out_features = sum(shapes[target][0] for target in entry.targets)
+    if tuple(magnitude_O.shape) != (out_features,) or not magnitude_O.isfinite().all():
+        raise CheckpointError(
+            f"{mismatch.folder / WEIGHTS_NAME}: {entry.name} has magnitudes that cannot be used",
+            got=list(magnitude_O.shape),
+            expected=f"{out_features} finite numbers",
+        )
+    return dict(zip(entry.targets, entry.split(magnitude_O.float())))
+
+
 def _pairs(tensors: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, B) by the name of the file's module."""
     halves: dict[str, dict[str, Tensor]] = {}
@@ -235,10 +301,13 @@ def _placed(
     b_OR: Tensor,
     rank: int,
     mismatch: _Mismatch,
+    *,
+    keep_all: bool,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, B) of each of our linears behind one module of the file.
 
-    Parts of a fused module that the adapter leaves untouched (all rows of B zero, other parts not) get none.
+    Parts of a fused module that the adapter leaves untouched (all rows of B zero, other parts not) get none, unless
+    all are to be kept.
     """
     out_features = sum(shapes[target][0] for target in entry.targets)
     in_features = shapes[entry.targets[0]][1]
@@ -255,5 +324,5 @@ def _placed(
         raise CheckpointError(f"{mismatch.folder / WEIGHTS_NAME}: {entry.name} holds NaN or infinite weights")
     a_RI, b_OR = a_RI.float(), b_OR.float()
     parts = dict(zip(entry.targets, entry.split(b_OR)))
-    touched = {target: part for target, part in parts.items() if part.any()} or parts
+    touched = {target: part for target, part in parts.items() if keep_all or part.any()} or parts
     return {target: (a_RI, part) for target, part in touched.items()}

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from burnish.models.attention import Attention, AttentionSpec, FullCausal, spec_of_layer
 from burnish.models.config import ModelConfig
+from burnish.models.recompute import recompute
 from burnish.models.rope import RopeTable, ropes_of
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -182,8 +182,10 @@ class Decoder(nn.Module):
         dtype: of every parameter; float32 when None.
 
     Attributes:
-        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations; takes
-            effect only while training and with `attention=None`.
+        gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations; takes effect
+            only while training. An `Attention` then has to keep nothing.
+        checkpoint_every: of those, every so many-th block only; 1 is every block.
+        recompute: what does so, called with the block and its arguments.
     """
 
     def __init__(
@@ -193,6 +195,8 @@ class Decoder(nn.Module):
         place = None if device is None else torch.device(device)
         self.config = config
         self.gradient_checkpointing = False
+        self.checkpoint_every = 1
+        self.recompute: Callable[..., Tensor] = recompute
         self.model = Trunk(config, device=place, dtype=dtype)
         self.lm_head = (
             None
@@ -276,14 +280,14 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + trunk.embed_positions(positions_BT)
         if trunk.embed_norm is not None:
             x_BTD = trunk.embed_norm(x_BTD)
-        checkpointed = self.gradient_checkpointing and self.training and attention is None and torch.is_grad_enabled()
+        checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if attention is None:
             attention = FullCausal()
         tables = self.rope_tables(positions_BT, x_BTD.dtype, lengths_BT)
         for layer, block in enumerate(trunk.layers):
             rope = None if tables is None else tables[self.config.window(layer) is not None]
-            if checkpointed:
-                x_BTD = checkpoint(block, x_BTD, rope, attention, use_reentrant=False)
+            if checkpointed and layer % self.checkpoint_every == 0:
+                x_BTD = self.recompute(block, x_BTD, rope, attention)
             else:
                 x_BTD = block(x_BTD, rope, attention)
         return trunk.norm(x_BTD)

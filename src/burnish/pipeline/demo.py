@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from burnish.measure.evaluate import SqlScore
 from burnish.measure.hardware import hardware_record, version_record
 from burnish.measure.json_values import to_plain
 from burnish.measure.report import render
-from burnish.measure.run_record import LossPoint, RunRecord, Stage, Variant
+from burnish.measure.run_record import RunRecord, Stage, Variant
 from burnish.models.atomic_files import write_text
 from burnish.models.loading import load_config
 from burnish.pipeline.examples import DataConfig
@@ -33,6 +33,7 @@ from burnish.pipeline.progress import Progress, silent
 from burnish.pipeline.quantize import quantize
 from burnish.pipeline.runs import new_run_folder, save_run
 from burnish.pipeline.samples import pick_samples
+from burnish.pipeline.training_record import eval_points, loss_points, training_points, tune_stage
 from burnish.pipeline.tune import TuneRecord, tune
 from burnish.pipeline.variants import measure_variant
 from burnish.train.config import TrainConfig
@@ -204,16 +205,12 @@ def _tune(story: _Story, config: TrainConfig) -> TuneRecord:
     if record.interrupted:
         raise KeyboardInterrupt
     story.say(f"tuned in {record.seconds:.0f} s: {len(record.steps)} steps, {record.tokens_per_s:,.0f} tokens/s")
-    elapsed, loss = 0.0, []
-    for step in record.steps:
-        elapsed += step["seconds"]
-        loss.append(LossPoint(step=step["step"], loss=step["loss"], tokens=step["tokens"], seconds=elapsed))
-    evals = [LossPoint(step=item["step"], loss=item["loss"]) for item in record.evals if item["loss"] is not None]
-    stage = replace(
-        _stage("tune", record.seconds, record.predicted_peak_bytes, record.peak_memory_bytes),
-        components=record.component_bytes,
+    story.add(
+        stage=tune_stage(asdict(record)),
+        loss=loss_points(record.steps),
+        eval_loss=eval_points(record.evals),
+        training=training_points(record.steps),
     )
-    story.add(stage=stage, loss=loss, eval_loss=evals)
     return record
 
 

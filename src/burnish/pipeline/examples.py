@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from burnish.data.examples import ExampleSet, make_examples
+from burnish.data.examples import LEARN, ExampleSet, make_examples
 from burnish.data.rows import RowSet, read_rows
 from burnish.data.templates import Template, pick_template
 from burnish.data.tokenizer import Tokenizer
@@ -20,10 +20,11 @@ class DataConfig:
 
     Attributes:
         source: path, hub id, or text-to-sql:SPLIT[:COUNT].
-        template: "auto", "chat", "alpaca" or "sql-context".
+        template: "auto", "chat", "alpaca", "sql-context" or "plain".
         columns: field -> column where the layout is not recognised.
         max_length: longest example in tokens.
         too_long: "drop" or "truncate" longer ones.
+        learn: of conversations, "all" answers or the "last" one.
         limit: use this many rows at most.
         check_sql: leave out rows whose SQL does not run on their own schema.
         seed: of generated rows.
@@ -34,6 +35,7 @@ class DataConfig:
     columns: Mapping[str, str] | None = None
     max_length: int = 512
     too_long: str = "drop"
+    learn: str = "all"
     limit: int | None = None
     check_sql: bool = False
     seed: int = 0
@@ -44,6 +46,8 @@ class DataConfig:
             raise ConfigError("max_length is out of range", got=self.max_length, expected="2 or more")
         if self.too_long not in ("drop", "truncate"):
             raise ConfigError("too_long is not known", got=repr(self.too_long), expected="drop or truncate")
+        if self.learn not in LEARN:
+            raise ConfigError("learn is not known", got=repr(self.learn), expected="all or last")
         if self.limit is not None and self.limit < 1:
             raise ConfigError("limit is out of range", got=self.limit, expected="1 or more")
 
@@ -57,8 +61,8 @@ class Prepared:
     examples: ExampleSet
 
 
-def read_data(config: DataConfig) -> RowSet:
-    """The usable rows and the bad ones."""
+def read_data(config: DataConfig, *, texts: bool = False) -> RowSet:
+    """The usable rows and the bad ones; with `texts`, also of a source that only has texts."""
     return read_rows(
         config.source,
         columns=config.columns,
@@ -66,6 +70,7 @@ def read_data(config: DataConfig) -> RowSet:
         check_sql=config.check_sql,
         seed=config.seed,
         offline=config.offline,
+        texts=texts,
     )
 
 
@@ -78,7 +83,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, longest: int | None = N
     Raises:
         DataError: nothing usable.
     """
-    rows = read_data(config)
+    rows = read_data(config, texts=True)
     template = pick_template(config.template, tokenizer, rows)
     limit = config.max_length if longest is None else min(config.max_length, longest)
     examples = make_examples(
@@ -87,6 +92,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, longest: int | None = N
         template,
         max_length=limit,
         too_long="truncate" if config.too_long == "truncate" else "drop",
+        learn="last" if config.learn == "last" else "all",
     )
     return Prepared(rows=rows, template=template, examples=examples)
 

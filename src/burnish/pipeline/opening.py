@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from burnish.compress.frozen_loading import FrozenFormat, load_frozen
 from burnish.compress.optimise import OptimiseReport, check_quantize, load_optimised
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.drafter import check_speculation
@@ -20,6 +21,7 @@ from burnish.engine.tokenizer_folder import load_tokenizer
 from burnish.errors import CheckpointError, ConfigError
 from burnish.models.adapter_files import is_adapter_folder, read_adapter_config
 from burnish.models.checkpoint import read_config
+from burnish.models.config import ModelConfig
 from burnish.models.decoder import Decoder
 from burnish.models.loading import config_of, parse_dtype, resolve_model
 from burnish.pipeline.manifest import describe_input, read_manifest
@@ -116,6 +118,24 @@ def required_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def read_without_weights(model: str, source: Source) -> tuple[Tokenizer, ModelConfig]:
+    """Tokenizer and settings of a model, before anything large is read.
+
+    Raises:
+        CheckpointError, ConfigError: what is named is not there, is corrupt, or is an adapter.
+    """
+    folder = Path(model)
+    if not is_adapter_folder(model):
+        folder = resolve_model(
+            model, revision=source.revision, offline=source.offline, allow_pickle=source.allow_pickle
+        )
+    if is_adapter_folder(folder) and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{model} is an adapter", expected="a base model to tune", remedy="Merge it first: burnish merge"
+        )
+    return required_tokenizer(folder), config_of(read_config(folder))
+
+
 def base_of_adapter(adapter: Path, model: str | None) -> str:
     """The base to put an adapter on: the one given, else the one that the adapter names.
 
@@ -138,6 +158,7 @@ def open_decoder(
     base: str | None = None,
     quantize: str = "none",
     weights_cache: bool = True,
+    frozen: FrozenFormat | None = None,
 ) -> Opened:
     """Load a model; an adapter's folder stands for its base with the adapter on it.
 
@@ -146,6 +167,7 @@ def open_decoder(
         adapter: an adapter to put on the model.
         base: the base of the adapter that `model` names, where it is not the recorded one.
         quantize, weights_cache: as in `EngineOptions`.
+        frozen: hold the linears of the blocks in this format, to train adapters on; not together with `quantize`.
 
     Raises:
         CheckpointError, ConfigError: what is named is not there, is corrupt, or does not fit together.
@@ -165,15 +187,20 @@ def open_decoder(
         stored=parse_dtype("auto", hf_config),
         device=device,
     )
-    loaded = load_optimised(
-        folder,
-        quantize=quantize,
-        dtype=dtype,
-        device=device,
-        cache=weights_cache,
-        allow_pickle=source.allow_pickle,
-    )
-    decoder = loaded.decoder
+    report = None
+    if frozen is not None:
+        assert quantize == "none"
+        decoder = load_frozen(folder, frozen, dtype=dtype, device=device, allow_pickle=source.allow_pickle)
+    else:
+        loaded = load_optimised(
+            folder,
+            quantize=quantize,
+            dtype=dtype,
+            device=device,
+            cache=weights_cache,
+            allow_pickle=source.allow_pickle,
+        )
+        decoder, report = loaded.decoder, loaded.report
     if adapter is not None:
         load_adapter(decoder, Path(adapter))
     return Opened(
@@ -182,7 +209,7 @@ def open_decoder(
         folder=folder,
         name=model,
         adapter=None if adapter is None else Path(adapter),
-        optimised=loaded.report,
+        optimised=report,
     )
 
 

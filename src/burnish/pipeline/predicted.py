@@ -11,6 +11,7 @@ from burnish.plan.options import PlanOptions
 from burnish.plan.predict import predict_stage
 from burnish.train.config import TrainConfig
 from burnish.train.lora import LoraConfig
+from burnish.train.profile import COMPONENTS
 
 
 def _growth(decoder: Decoder, stage: str, options: PlanOptions) -> int:
@@ -18,10 +19,21 @@ def _growth(decoder: Decoder, stage: str, options: PlanOptions) -> int:
     return predict_stage(decoder.config, stage, device=device, options=options).growth_bytes
 
 
-def predicted_training_peak(
+_COMPONENTS = {
+    "weights": "weights",
+    "cast weights": "weights",
+    "adapter": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "logits": "activations",
+}  # of `predict_stage` -> as the training loop measures; everything else is "other"
+
+
+def predicted_training(
     decoder: Decoder, *, config: TrainConfig, lora: LoraConfig, longest: int, label_tokens: int
-) -> int:
-    """Bytes that loading and training a model will take.
+) -> dict[str, int]:
+    """Bytes that loading and training a model will take, by the components that training measures.
 
     Args:
         longest: tokens of the longest example.
@@ -37,7 +49,13 @@ def predicted_training_peak(
         rank=lora.rank,
         target_modules=lora.target_modules,
     )
-    return _growth(decoder, config.method, options)
+    device = "cpu" if decoder.device.type == "cpu" else "cuda"
+    prediction = predict_stage(decoder.config, config.method, device=device, options=options)
+    parts: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
+    for name, size in prediction.components.items():
+        if name != "runtime":
+            parts[_COMPONENTS.get(name, "other")] += size
+    return parts
 
 
 def predicted_merge_peak(decoder: Decoder, *, rank: int) -> int:

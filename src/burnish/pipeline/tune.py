@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from burnish.errors import ConfigError
 from burnish.measure.json_values import to_plain
 from burnish.measure.memory import MemoryMeter
 from burnish.models.loading import save_decoder
-from burnish.pipeline.examples import DataConfig, Prepared, prepare
+from burnish.pipeline.examples import DataConfig
 from burnish.pipeline.manifest import write_manifest
-from burnish.pipeline.opening import Opened, Source, check_output, open_decoder
-from burnish.pipeline.predicted import predicted_training_peak
+from burnish.pipeline.opening import Opened, Source, check_output, open_decoder, read_without_weights
+from burnish.pipeline.predicted import predicted_training
 from burnish.pipeline.progress import Progress, silent
+from burnish.pipeline.resuming import ResumeConfig, is_unfinished, open_checkpoints, run_environment, run_identity
+from burnish.pipeline.runs import save_run
+from burnish.pipeline.training_data import EvaluationChoice, TrainingData, training_data
+from burnish.pipeline.training_record import tune_run
+from burnish.pipeline.tune_watch import TuneWatch
+from burnish.track.protocol import Tracker
 from burnish.train.adapter import save_adapter
+from burnish.train.checkpoints import Checkpoint, CheckpointFolder
 from burnish.train.config import TrainConfig
+from burnish.train.distributed import Ranks, single
+from burnish.train.freezing import BASE_FORMATS
+from burnish.train.inputs import order_of_rows, total_steps
 from burnish.train.lora import LoraConfig, attach_lora
-from burnish.train.results import StepRecord, TrainResult, recent_loss
+from burnish.train.results import TrainResult
+from burnish.train.stopping import StopRequest, stop_on_signals
 from burnish.train.trainer import train
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneRecord:
-    """What `burnish tune --json` prints. Bytes are of the process; `loaded` and `peak` are over its start."""
+    """What `burnish tune --json` prints. Bytes are of the process; `loaded` and `peak` are over its start.
+
+    `resumed_from` is the step that the run went on from; `checkpoint` is the newest one left, to go on from or to keep.
+    """
 
     adapter: str
     base: str
@@ -39,17 +57,51 @@ class TuneRecord:
     loaded_memory_bytes: int
     peak_memory_bytes: int
     predicted_peak_bytes: int | None
+    predicted_components: dict[str, int]
     component_bytes: dict[str, int]
     trained_parameters: int
     num_examples: int
     num_bad_rows: int
     num_too_long: int
+    num_evaluated: int = 0
+    preflight: dict[str, Any] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
     skipped_steps: int = 0
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    trace: str | None = None
+    operators: list[dict[str, Any]] = field(default_factory=list)
+    resumed_from: int | None = None
+    best_step: int | None = None
+    best_kept: bool = False
+    checkpoint: str | None = None
 
     @property
     def interrupted(self) -> bool:
         return self.stopped == "interrupted"
+
+    def figures(self) -> dict[str, float | None]:
+        """The run in a few numbers, for a tracker."""
+        losses = [item["loss"] for item in self.evals if item["loss"] is not None]
+        return {
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens_per_s,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "trained_parameters": self.trained_parameters,
+            "skipped_steps": self.skipped_steps,
+            "final_eval_loss": losses[-1] if losses else None,
+        }
+
+
+def _folder_to_forget() -> Path:
+    """For the logs of a process that is not the main one; gone when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="burnish-rank-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _keep_quiet(text: str) -> None:
+    """Tell nobody."""
 
 
 def tune(
@@ -60,13 +112,23 @@ def tune(
     lora: LoraConfig | None = None,
     config: TrainConfig | None = None,
     eval_data: str | None = None,
+    eval_split: float | None = None,
+    streaming: bool = False,
     source: Source | None = None,
     overwrite: bool = False,
+    resume: ResumeConfig | None = None,
+    tracker: Tracker | None = None,
+    profile: bool = False,
     progress: Progress = silent,
+    notify: Callable[[str], None] = _keep_quiet,
+    ranks: Ranks | None = None,
 ) -> TuneRecord:
-    """Tune a model and write the adapter (method "lora") or the whole model (method "full") to `out`.
+    """Tune a model and write the adapter, or with method "full" the whole model, to `out`.
 
-    Ctrl-C stops after the step at hand; what was learned until then is written, and the record says "interrupted".
+    The methods "qlora-4bit" and "qlora-8bit" hold the linears of the base's blocks in NF4 or 8 bits while training.
+
+    Ctrl-C and SIGTERM stop after the step at hand; what was learned until then is written, the record says
+    "interrupted", and the same call goes on from there. Checkpoints are in `out`/checkpoints until the run is done.
 
     Args:
         model: folder, bundled name or hub id.
@@ -75,36 +137,83 @@ def tune(
         lora: the adapter's shape; `LoraConfig()` when None.
         config: the training loop's settings; `TrainConfig()` when None.
         eval_data: rows for the evaluation loss, rendered as the training rows are; later gates use them too.
+        eval_split: instead of that, a share (below 1) or a number of the rows is kept out of training for it.
+        streaming: keep tokenized rows on disk (see `data.token_cache`), for data sets larger than memory.
         source: dtype, device and threads.
-        overwrite: write into a folder that holds something.
+        overwrite: write into a folder that holds something; one that holds an unfinished run is resumed without it.
+        resume: whether to go on with an unfinished run; `ResumeConfig()` when None.
+        tracker: mirrors the run: settings, every step and evaluation, and what came out. It may fail.
+        profile: write `out`/trace.json, a Chrome trace of a few steps, and put the dearest operators on record.
+        notify: told what people should know while it runs.
+        ranks: the processes that train together (see `distributed.joined`); each calls this with the same arguments.
+            Only the main one writes, and returns: the others leave with SystemExit once they have trained.
 
     Raises:
         ConfigError, CheckpointError, DataError: bad input, found before training begins.
     """
     lora, config, source = lora or LoraConfig(), config or TrainConfig(), source or Source()
-    folder = check_output(out, overwrite=overwrite)
+    base_format = BASE_FORMATS.get(config.method)
+    resume = resume or ResumeConfig()
+    folder = check_output(out, overwrite=overwrite or (resume.resume != "never" and is_unfinished(Path(out))))
+    ranks = ranks or single()
+    ranks.barrier()  # nothing is written before all have looked
+    own = folder if ranks.is_main else _folder_to_forget()
+    tokenizer, shape = read_without_weights(model, source)
+    with ranks.main_first() if streaming else contextlib.nullcontext():
+        rows = training_data(
+            data,
+            tokenizer,
+            longest=shape.max_position_embeddings,
+            vocab_size=shape.vocab_size,
+            evaluation=EvaluationChoice(source=eval_data, split=eval_split),
+            streaming=streaming,
+            seed=config.seed,
+            progress=progress,
+        )
     with MemoryMeter() as meter:
-        opened = open_decoder(model, source)
-        if opened.adapter is not None:
-            raise ConfigError(
-                f"{model} is an adapter", expected="a base model to tune", remedy="Merge it first: burnish merge"
-            )
+        opened = open_decoder(model, source, frozen=base_format)
         loaded_bytes = max(0, meter.growth_bytes)
-        prepared = prepare(data, opened.tokenizer, longest=opened.decoder.config.max_position_embeddings)
-        evaluation = _evaluation(eval_data, data, prepared, opened)
-        if config.method == "lora":
+        if config.method != "full":
             attach_lora(opened.decoder, lora, seed=config.seed)
-        statistics = prepared.examples.stats
-        predicted = predicted_training_peak(
+        predicted = predicted_training(
             opened.decoder,
             config=config,
             lora=lora,
-            longest=statistics.tokens_max,
-            label_tokens=statistics.label_tokens_total // statistics.num_examples,
+            longest=rows.longest,
+            label_tokens=rows.label_tokens,
         )
-        result = _train(opened, prepared, evaluation, config, meter, progress)
-        trained = sum(p.numel() for p in opened.decoder.parameters() if p.requires_grad)
-        _save(opened, folder, lora, config)
+        with ranks.main_first():
+            checkpoints, found = open_checkpoints(
+                folder,
+                resume,
+                identity=run_identity(opened, rows, config, None if config.method == "full" else lora),
+                environment=run_environment(opened),
+                notify=notify,
+            )
+        watch = TuneWatch(
+            own,
+            label=f"Tuning on {len(rows.examples)} rows",
+            total_steps=total_steps(order_of_rows(rows.examples, config), config),
+            max_seconds=config.max_seconds,
+            after_step=0 if found is None else found.step,
+            start_bytes=meter.start_bytes,
+            progress=progress,
+            tracker=tracker,
+            trace=opened.decoder.device if profile else None,
+        )
+        with stop_on_signals(notify) as stop, watch:
+            watch.begin_tracking(
+                folder.name, to_plain({"model": opened.name, "data": data, "train": config, "lora": lora})
+            )
+            result = _train(opened, rows, config, meter, watch, checkpoints, found, stop, ranks)
+            if not ranks.is_main:
+                raise SystemExit(0)
+            trained = sum(p.numel() for p in opened.decoder.parameters() if p.requires_grad)
+            with watch.saving(folder):
+                _save(opened, folder, lora, config)
+    for line in watch.notes():
+        notify(line)
+    left = checkpoints.steps() if result.stopped == "interrupted" or resume.keep_checkpoints else []
     record = TuneRecord(
         adapter=str(folder),
         base=opened.name,
@@ -118,94 +227,99 @@ def tune(
         evals=[to_plain(item) for item in result.eval],
         loaded_memory_bytes=loaded_bytes,
         peak_memory_bytes=meter.growth_bytes,
-        predicted_peak_bytes=predicted,
-        component_bytes=_components(result),
+        predicted_peak_bytes=sum(predicted.values()),
+        predicted_components=predicted,
+        component_bytes=_components(result, meter.growth_bytes, on_cpu=opened.decoder.device.type == "cpu"),
         trained_parameters=trained,
-        num_examples=len(prepared.examples),
-        num_bad_rows=len(prepared.rows.bad_rows),
-        num_too_long=len(prepared.examples.too_long),
-        bad_rows=[str(row) for row in prepared.rows.bad_rows[:20]],
+        num_examples=len(rows.examples),
+        num_bad_rows=rows.num_bad_rows,
+        num_too_long=rows.num_too_long,
+        num_evaluated=0 if rows.evaluation is None else len(rows.evaluation),
+        preflight=rows.preflight.to_dict(),
+        bad_rows=rows.bad_rows,
         skipped_steps=result.skipped_steps,
+        phase_seconds=watch.clock.finish(),
+        trace=watch.trace_path,
+        operators=watch.operators(),
+        resumed_from=result.resumed_from,
+        best_step=result.best_step,
+        best_kept=result.best_kept,
+        checkpoint=str(checkpoints.place(left[-1])) if left else None,
     )
     figures = {name: value for name, value in asdict(record).items() if name not in ("adapter", "base", "bad_rows")}
+    figures["steps"] = [{k: v for k, v in step.items() if k not in ("phases", "memory")} for step in record.steps]
     write_manifest(
         folder,
-        kind="adapter" if config.method == "lora" else "tuned",
+        kind="adapter" if config.method != "full" else "tuned",
         inputs={"base": opened.as_input()},
-        config={"train": config, "lora": lora if config.method == "lora" else None},
+        config={
+            "train": config,
+            "lora": lora if config.method != "full" else None,
+            "base_format": None if base_format is None else base_format.to_dict(),
+        },
         data={
             **asdict(data),
-            "template": prepared.template.name,
+            "template": rows.template,
             "eval_source": eval_data,
-            "multi_turn": any("messages" in row.extra for row in prepared.rows.rows),
+            "eval_split": eval_split,
+            "multi_turn": rows.multi_turn,
         },
         figures=figures,
         tokenizer=opened.tokenizer,
     )
-    return record
-
-
-def _evaluation(eval_data: str | None, data: DataConfig, prepared: Prepared, opened: Opened) -> Prepared | None:
-    if eval_data is None:
-        return None
-    config = DataConfig(
-        source=eval_data,
-        template=prepared.template.name,
-        columns=data.columns,
-        max_length=data.max_length,
-        too_long=data.too_long,
-        check_sql=data.check_sql,
-        seed=data.seed,
-        offline=data.offline,
+    save_run(
+        folder,
+        tune_run(
+            asdict(record),
+            parameters=opened.decoder.config.num_parameters(),
+            data=data.source,
+            settings={"train": to_plain(config), **({"lora": to_plain(lora)} if config.method != "full" else {})},
+        ),
     )
-    return prepare(config, opened.tokenizer, longest=opened.decoder.config.max_position_embeddings)
+    watch.end_tracking(record.figures(), interrupted=record.interrupted)
+    if not left:
+        checkpoints.clear()
+    return record
 
 
 def _train(
     opened: Opened,
-    prepared: Prepared,
-    evaluation: Prepared | None,
+    rows: TrainingData,
     config: TrainConfig,
     meter: MemoryMeter,
-    progress: Progress,
+    watch: TuneWatch,
+    checkpoints: CheckpointFolder,
+    resume: Checkpoint | None,
+    stop: StopRequest,
+    ranks: Ranks,
 ) -> TrainResult:
-    total = _planned_steps(config, len(prepared.examples))
-    steps: list[StepRecord] = []
-    label = f"Tuning on {len(prepared.examples)} rows"
-
-    def on_step(step: StepRecord) -> None:
-        steps.append(step)
-        done, note = step.step, f"loss {recent_loss(steps):.3f}"
-        if config.max_seconds is not None:
-            elapsed = sum(item.seconds for item in steps)
-            done = max(done, int(total * min(1.0, elapsed / config.max_seconds)))
-        progress(label, min(done, total), total, note)
-
     return train(
         opened.decoder,
-        prepared.examples.examples,
+        rows.examples,
         config=config,
-        eval_examples=None if evaluation is None else evaluation.examples.examples,
-        on_step=on_step,
+        eval_examples=rows.evaluation,
+        on_step=watch.on_step,
+        on_evaluated=watch.on_evaluation,
+        clock=watch.clock,
         meter=meter,
+        checkpoints=checkpoints,
+        resume=resume,
+        stop=stop,
+        ranks=ranks,
     )
 
 
-def _components(result: TrainResult) -> dict[str, int]:
-    """Memory by part. The meter began before the weights were loaded, so they come off what is left for activations."""
-    parts = dict(result.component_bytes)
-    parts["activations"] = max(0, parts["activations"] - parts["weights"])
+def _components(result: TrainResult, growth: int, *, on_cpu: bool) -> dict[str, int]:
+    """Memory by part at the mark that held most; on the CPU "other" is what the process's own peak was above it."""
+    parts = dict(result.highest_memory or result.component_bytes)
+    if on_cpu:
+        named = sum(size for name, size in parts.items() if name != "other")
+        parts["other"] = max(0, growth - named)
     return parts
 
 
-def _planned_steps(config: TrainConfig, num_rows: int) -> int:
-    if config.steps is not None:
-        return config.steps
-    return max(1, round((config.epochs or 1.0) * num_rows / config.rows_per_step))
-
-
 def _save(opened: Opened, folder: Path, lora: LoraConfig, config: TrainConfig) -> None:
-    if config.method == "lora":
+    if config.method != "full":
         save_adapter(opened.decoder, folder, base=opened.name, config=lora)
     else:
         save_decoder(opened.decoder, folder, source=opened.folder)

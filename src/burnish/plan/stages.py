@@ -97,13 +97,13 @@ def predict_lora(config: ModelConfig, device: Device, options: PlanOptions, dtyp
 
 
 def predict_qlora_4bit(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
-    """As LoRA, over weights in NF4 with double quantization; the largest linear is rebuilt in 16 bits to be used."""
-    return _train(config, device, options, _quantized_base(config, "nf4", options), trained="adapter")
+    """As LoRA, over weights in NF4 with double quantization; the largest linear is rebuilt densely to be used."""
+    return _train(config, device, options, _quantized_base(config, device, options, dtype, bits=4), trained="adapter")
 
 
 def predict_qlora_8bit(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
-    """As LoRA, over 8-bit weights; the largest linear is rebuilt in 16 bits to be used."""
-    return _train(config, device, options, _quantized_base(config, "int8", options), trained="adapter")
+    """As LoRA, over 8-bit weights; the largest linear is rebuilt densely to be used."""
+    return _train(config, device, options, _quantized_base(config, device, options, dtype, bits=8), trained="adapter")
 
 
 def predict_full(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
@@ -216,10 +216,21 @@ def _dense_base(config: ModelConfig, device: Device, options: PlanOptions, dtype
     return base
 
 
-def _quantized_base(config: ModelConfig, weight_format: str, options: PlanOptions) -> Components:
-    stored = weight_bytes(config, weight_format, group_size=options.group_size)
-    largest = max(rows * columns for rows, columns in block_linears(config))
-    return {"weights": stored.total, "workspace": 2 * largest}
+def _quantized_base(config: ModelConfig, device: Device, options: PlanOptions, dtype: str, *, bits: int) -> Components:
+    """Linears of the blocks in NF4, or in 8 bits with a float32 scale per row; everything else in `dtype`."""
+    linears = block_linears(config)
+    held = sum(rows * columns for rows, columns in linears)
+    packed = weight_bytes(config, "nf4")
+    size = _training_bytes(device, options)
+    rest = 4 if dtype == "float16" and not device.bfloat16 else DTYPE_BYTES[dtype]
+    stored = packed.packed + packed.scales if bits == 4 else held + 4 * sum(rows for rows, _ in linears)
+    base = {
+        "weights": stored + (config.num_parameters() - held) * rest,
+        "workspace": size * max(rows * columns for rows, columns in linears),
+    }
+    if rest == 4 and size == 2:
+        base["cast weights"] = 2 * (config.num_parameters() - held)
+    return base
 
 
 def _train(config: ModelConfig, device: Device, options: PlanOptions, base: Components, *, trained: str) -> Components:

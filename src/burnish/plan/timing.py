@@ -66,23 +66,70 @@ def generation_time(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingOperations:
+    """What forward and backward cost: operations per token, per learned token, and per squared length of a row."""
+
+    per_token: float
+    per_label: float
+    per_square: float
+
+    def of(self, *, tokens: float, label_tokens: float, squared_lengths: float) -> float:
+        """Operations of rows with so many tokens, learned tokens and this sum of their lengths squared."""
+        return self.per_token * tokens + self.per_label * label_tokens + self.per_square * squared_lengths
+
+
+def training_operations(
+    config: ModelConfig,
+    *,
+    trained: int,
+    adapter: int = 0,
+    head_trained: bool = False,
+    recomputed: float = 0.0,
+) -> TrainingOperations:
+    """Operations of training, a multiply-add counted as two.
+
+    Per weight of the blocks' linears and token: 2 forward, 2 for the gradient of the input, 2 more for its own gradient
+    where it is trained, 2 more where its block is computed again (Kaplan et al., 2020, arXiv:2001.08361, section 2.1,
+    counts the first 6). The output layer computes learned tokens only. Attention costs its forward three times, and
+    once more where it is computed again. Norms, activations and embeddings are left out.
+
+    Args:
+        trained: weights of the blocks' linears that are trained themselves.
+        adapter: weights of adapters beside them, all trained.
+        head_trained: the output layer is trained (also as a tied embedding).
+        recomputed: share of the blocks that the backward pass computes again, 0..1.
+    """
+    body = sum(rows * columns for rows, columns in block_linears(config))
+    head = config.vocab_size * config.hidden_size
+    return TrainingOperations(
+        per_token=2 * ((2 + recomputed) * body + trained + (3 + recomputed) * adapter),
+        per_label=2 * (3 if head_trained else 2) * head,
+        per_square=(3 + recomputed) * _attention_operations(config, rows=1, sequence=1),
+    )
+
+
 def training_seconds(
     config: ModelConfig, device: Device, options: PlanOptions, *, dtype: str, full: bool
 ) -> float | None:
-    """Time of `options.train_tokens` tokens; None without that number or the device's rate.
-
-    Operations per weight and token: 2 forward, 2 for the gradient of the input, 2 more for the weight's own where it is
-    trained, 2 more where blocks are computed again. Attention costs the forward three times.
-    """
+    """Time of `options.train_tokens` tokens, as `training_operations` counts; None without that number or the rate."""
     rate = device.rate(dtype)
     if rate is None or options.train_tokens is None:
         return None
-    body = sum(rows * columns for rows, columns in block_linears(config))
-    passes = 2 + (1 if full else 0) + (1 if options.gradient_checkpointing else 0)
-    operations = 2 * options.train_tokens * (passes * body + (passes - 1) * config.vocab_size * config.hidden_size)
-    sequences = options.train_tokens / options.sequence_tokens
-    operations += 3 * _attention_operations(config, rows=sequences, sequence=options.sequence_tokens)
-    return operations / (rate * COMPUTE_EFFICIENCY)
+    operations = training_operations(
+        config,
+        trained=sum(rows * columns for rows, columns in block_linears(config)) if full else 0,
+        head_trained=full,
+        recomputed=1.0 if options.gradient_checkpointing else 0.0,
+    )
+    length = options.sequence_tokens
+    learned = min(length, options.label_tokens or length) / length
+    total = operations.of(
+        tokens=options.train_tokens,
+        label_tokens=options.train_tokens * learned,
+        squared_lengths=options.train_tokens * length,
+    )
+    return total / (rate * COMPUTE_EFFICIENCY)
 
 
 def quantization_seconds(config: ModelConfig, device: Device, options: PlanOptions) -> float | None:

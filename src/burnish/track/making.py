@@ -12,24 +12,37 @@ from burnish.track.guarded import GuardedTracker
 from burnish.track.jsonl import JsonlTracker
 from burnish.track.null import NullTracker
 from burnish.track.protocol import Tracker
+from burnish.track.wandb_tracker import WandbTracker
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+:", re.IGNORECASE)
-_EXPECTED = "none, a path that ends in .jsonl, or jsonl:PATH"
+_EXPECTED = "none, a path that ends in .jsonl, jsonl:PATH, or wandb://PROJECT[/RUN]"
 
 
 def make_tracker(uri: str | None, *, warn: Callable[[str], None] | None = None) -> Tracker:
     """The tracker of a URI, guarded so that its failures never reach the run.
 
     Args:
-        uri: None, "" or "none" for no tracking; `jsonl:PATH`, `file://PATH` or a path that ends in `.jsonl`.
+        uri: None, "" or "none" for no tracking; `jsonl:PATH`, `file://PATH` or a path that ends in `.jsonl`;
+            `wandb://PROJECT` or `wandb://PROJECT/RUN`.
         warn: takes the one line that says tracking failed; a Python warning by default.
 
     Raises:
         ConfigError: the URI is of no kind that is known here. That is a mistake in the command, so it is not held back.
+        MissingExtraError: the tracker's package is not installed.
     """
     if uri is None or uri in ("", "none"):
         return NullTracker()
+    if uri.startswith("wandb:"):
+        return GuardedTracker(_wandb_tracker(uri), warn=warn)
     return GuardedTracker(JsonlTracker(_jsonl_path(uri)), warn=warn)
+
+
+def _wandb_tracker(uri: str) -> WandbTracker:
+    place = urlsplit(uri)
+    names = [unquote(name) for name in (place.netloc, *place.path.strip("/").split("/")) if name]
+    if not place.netloc or len(names) > 2 or place.query or place.fragment:
+        raise ConfigError(f"{uri!r} names no run of W&B", expected="wandb://PROJECT or wandb://PROJECT/RUN")
+    return WandbTracker(names[0], names[1] if len(names) == 2 else None)
 
 
 def _jsonl_path(uri: str) -> Path:

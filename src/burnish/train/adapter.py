@@ -12,11 +12,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from burnish.compress.frozen_linear import FrozenLinear
+from burnish.compress.frozen_loading import format_of
 from burnish.errors import ConfigError
-from burnish.models.adapter_files import CONFIG_NAME, FINGERPRINT_KEY, WEIGHTS_NAME, fingerprint, read_adapter
+from burnish.models.adapter_files import (
+    BASE_FORMAT_KEY,
+    CONFIG_NAME,
+    FINGERPRINT_KEY,
+    MAGNITUDE,
+    WEIGHTS_NAME,
+    fingerprint,
+    read_adapter,
+)
 from burnish.models.checkpoint_writing import pending, write_safetensors, write_text, writing_to
 from burnish.models.linears import get_module
 from burnish.models.peft_names import KEY_PREFIX, FileModule, file_modules, target_suffixes
+from burnish.train.dora import dense_weight
 from burnish.train.lora import LoraConfig, LoraLinear, lora_modules, place_adapters
 
 
@@ -39,8 +50,13 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str, config: Lor
     if not modules:
         raise ConfigError("the model carries no adapter to save")
     carried = next(iter(modules.values())).config
-    if config is not None and (config.rank, config.scale) != (carried.rank, carried.scale):
+    if config is not None and (config.rank, config.scale, config.use_dora) != (
+        carried.rank,
+        carried.scale,
+        carried.use_dora,
+    ):
         raise ConfigError("the model carries another adapter", got=carried, expected=config)
+    layers = modules.values()
     every = file_modules(model.config)  # type: ignore[arg-type]
     chosen = [entry for entry in every if any(target in modules for target in entry.targets)]
     tensors: dict[str, Tensor] = {}
@@ -49,10 +65,17 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str, config: Lor
         tensors[f"{KEY_PREFIX}{entry.name}.lora_B.weight"] = entry.join(
             [_b_of(model, target, modules, carried.rank) for target in entry.targets]
         )
+        if carried.use_dora:
+            tensors[f"{KEY_PREFIX}{entry.name}.{MAGNITUDE}"] = entry.join(
+                [_magnitude_of(model, target, modules) for target in entry.targets]
+            )
     suffixes = target_suffixes([entry.name for entry in chosen], [entry.name for entry in every])
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     metadata = {FINGERPRINT_KEY: json.dumps(fingerprint(model))}
+    formats = {json.dumps(format_of(layer.base).to_dict()) for layer in layers if isinstance(layer.base, FrozenLinear)}
+    if len(formats) == 1:
+        metadata[BASE_FORMAT_KEY] = formats.pop()
     write_safetensors(
         folder / WEIGHTS_NAME, {key: pending(tensor) for key, tensor in tensors.items()}, metadata=metadata
     )
@@ -64,6 +87,7 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str, config: Lor
         "lora_alpha": carried.alpha,
         "lora_dropout": carried.dropout,
         "use_rslora": carried.rank_stabilized,
+        "use_dora": carried.use_dora,
         "target_modules": suffixes,
         "fan_in_fan_out": any(entry.stored_transposed for entry in chosen),
         "bias": "none",
@@ -103,6 +127,7 @@ def load_adapter(model: nn.Module, folder: Path | str, *, base: str | None = Non
         dropout=weights.dropout,
         target_modules=tuple(dict.fromkeys(name.rpartition(".")[2] for name in weights.pairs)),
         rank_stabilized=weights.rank_stabilized,
+        use_dora=bool(weights.magnitudes),
     )
     place_adapters(model, config, list(weights.pairs))
     with torch.no_grad():
@@ -110,6 +135,8 @@ def load_adapter(model: nn.Module, folder: Path | str, *, base: str | None = Non
             a_RI, b_OR = weights.pairs[name]
             module.lora_A.copy_(a_RI)
             module.lora_B.copy_(b_OR)
+            if module.lora_magnitude is not None:
+                module.lora_magnitude.copy_(weights.magnitudes[name])
     return config
 
 
@@ -129,3 +156,11 @@ def _b_of(model: nn.Module, target: str, modules: dict[str, LoraLinear], rank: i
     linear = get_module(model, target)
     device = next(iter(modules.values())).lora_B.device
     return torch.zeros(int(linear.out_features), rank, device=device)  # type: ignore[arg-type]
+
+
+def _magnitude_of(model: nn.Module, target: str, modules: dict[str, LoraLinear]) -> Tensor:
+    """The trained row lengths of a target; of one without an adapter those that its weight has."""
+    module = modules.get(target)
+    if module is not None and module.lora_magnitude is not None:
+        return module.lora_magnitude.detach()
+    return dense_weight(get_module(model, target)).float().norm(dim=1)

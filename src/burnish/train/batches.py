@@ -6,22 +6,20 @@ learned.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from burnish.train.losses import IGNORED_LABEL
+from burnish.train.row_order import Ordering, RowOrder, steps_from
 
 # B rows, T tokens
 
-Ordering = Literal["grouped", "shuffled", "given"]
 WIDTH_STEP = 16
-ORDERINGS: tuple[str, ...] = get_args(Ordering)
-GROUP_STEPS = 32  # rows of that many steps are sorted by length together; enough to remove nearly all padding
 
 
 class TrainingExample(Protocol):
@@ -50,42 +48,50 @@ class Batch:
     num_tokens: int
     num_labels: int
 
+    @property
+    def num_slots(self) -> int:
+        """Positions that are computed."""
+        return self.tokens_BT.numel()
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that hold a token."""
+        return self.num_tokens - len(self.tokens_BT)
+
 
 def count_labels(example: TrainingExample) -> int:
     """Tokens of the row that are learned; the first token has no predecessor and never counts."""
     return sum(label != IGNORED_LABEL for label in example.labels[1:])
 
 
-def step_rows(lengths: Sequence[int], *, rows_per_step: int, ordering: str, seed: int, epoch: int) -> list[list[int]]:
-    """Row numbers of each step of one epoch, longest row of a step first.
-
-    "shuffled" draws steps at random; "grouped" also sorts runs of `GROUP_STEPS` steps by length, so that rows of a step
-    are about equally long, and then shuffles the steps; "given" keeps the order of the data. The last step of the data
-    may be short.
-    """
-    rows = list(range(len(lengths)))
-    source = random.Random(f"{seed}/{epoch}")
-    if ordering != "given":
-        source.shuffle(rows)
-    if ordering == "grouped":
-        span = rows_per_step * GROUP_STEPS
-        rows = [
-            row
-            for start in range(0, len(rows), span)
-            for row in sorted(rows[start : start + span], key=lambda row: (lengths[row], row))
-        ]
-    steps = [rows[start : start + rows_per_step] for start in range(0, len(rows), rows_per_step)]
-    if ordering == "grouped":
-        source.shuffle(steps)
-    return [sorted(step, key=lambda row: (-lengths[row], row)) for step in steps]
+def step_rows(
+    lengths: Sequence[int], *, rows_per_step: int, ordering: Ordering, seed: int, epoch: int
+) -> list[list[int]]:
+    """Row numbers of each step of one epoch, longest row of a step first; see `row_order.RowOrder`."""
+    order = RowOrder(
+        lengths=np.asarray(lengths, dtype=np.int32), rows_per_step=rows_per_step, ordering=ordering, seed=seed
+    )
+    return order.epoch(epoch)
 
 
-def endless_steps(lengths: Sequence[int], *, rows_per_step: int, ordering: str, seed: int) -> Iterator[list[int]]:
-    """`step_rows` epoch after epoch."""
-    epoch = 0
-    while True:
-        yield from step_rows(lengths, rows_per_step=rows_per_step, ordering=ordering, seed=seed, epoch=epoch)
-        epoch += 1
+def endless_steps(
+    lengths: Sequence[int],
+    *,
+    rows_per_step: int,
+    ordering: Ordering,
+    seed: int,
+    start: int = 0,
+    tokens_per_step: int | None = None,
+) -> Iterator[list[int]]:
+    """`step_rows` epoch after epoch, without the first `start` steps of all, which are not computed."""
+    return steps_from(
+        lengths,
+        rows_per_step=rows_per_step,
+        ordering=ordering,
+        seed=seed,
+        start_step=start,
+        tokens_per_step=tokens_per_step,
+    )
 
 
 def collate(examples: Sequence[TrainingExample], *, device: torch.device | str, max_width: int | None = None) -> Batch:

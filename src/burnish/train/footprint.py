@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from burnish.train.lion import local
+
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages, each storage once (tied weights and views are not counted twice)."""
-    sizes = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
+    """Bytes of the tensors, those at the same place once: tied weights are not counted twice."""
+    sizes: dict[int, int] = {}
+    for tensor in map(local, tensors):
+        place, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        sizes[place] = max(size, sizes.get(place, 0))
     return sum(sizes.values())
 
 
@@ -48,7 +50,7 @@ def saved_activations(model: nn.Module) -> Iterator[SavedBytes]:
 
     Gradient checkpointing saves its block inputs behind its own hooks, so there the count is a lower bound.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    own = {local(tensor).untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved = SavedBytes()
     alive: list[Tensor] = []  # a freed storage's address would be used again and hide the next tensor
 

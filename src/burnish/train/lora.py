@@ -1,8 +1,9 @@
 """Low-rank adapters: which linears carry one, how it starts, and how it is taken off again.
 
-Hu et al., 2021, arXiv:2106.09685; rank-stabilised scaling from Kalajdzievski, 2023, arXiv:2312.03732. The decoder knows
-nothing of this: a `LoraLinear` takes the place of a linear, dense or quantized. Files are in `adapter.py`, the
-arithmetic in `lora_function.py`.
+Hu et al., 2021, arXiv:2106.09685; rank-stabilised scaling from Kalajdzievski, 2023, arXiv:2312.03732; weights taken
+apart into magnitude and direction from Liu et al., 2024, arXiv:2402.09353 (DoRA). The decoder knows nothing of this: a
+`LoraLinear` takes the place of a linear, dense or quantized. Files are in `adapter.py`, the arithmetic in
+`lora_function.py` and `dora.py`, several adapters at once in `adapter_sums.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from burnish.errors import ConfigError
 from burnish.models.adapter_files import lora_scale
 from burnish.models.linears import get_module, set_module
 from burnish.models.peft_names import fused_groups
+from burnish.train.dora import dense_weight, row_norms
 from burnish.train.lora_function import lora_linear
 
 # R rank, I in features, O out features
@@ -37,6 +39,7 @@ class LoraConfig:
         dropout: share of the adapter's inputs zeroed while training.
         target_modules: roles ("q_proj", "down_proj", "lm_head", ...), or "all-linear" for every linear of the blocks.
         rank_stabilized: scale by alpha / sqrt(rank) instead.
+        use_dora: train the length of each row of W + B A beside its direction (see `dora.py`).
     """
 
     rank: int = 16
@@ -44,6 +47,7 @@ class LoraConfig:
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str = ALL_LINEAR
     rank_stabilized: bool = False
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -66,24 +70,50 @@ class LoraConfig:
         return lora_scale(rank=self.rank, alpha=self.alpha, rank_stabilized=self.rank_stabilized)
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear plus scale * B A.
+class AdaptedLinear(nn.Module):
+    """A frozen linear and what adapters add to it.
 
     Args:
         base: `nn.Linear`, or any module with `in_features`, `out_features` and forward, such as a quantized linear; it
             is frozen. Its forward has to be differentiable in its input.
-        config: rank, scale and dropout.
-        a_RI: use this tensor as A (adapters of one fused group share it); a fresh zero tensor otherwise.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
-    def __init__(self, base: nn.Module, config: LoraConfig, *, a_RI: nn.Parameter | None = None) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.in_features = int(base.in_features)  # type: ignore[arg-type]
         self.out_features = int(base.out_features)  # type: ignore[arg-type]
+
+    def merged_weight(self) -> Tensor:
+        """(out, in) dense weight with the adapters in it, summed in float32, in the base weight's dtype.
+
+        Raises:
+            ConfigError: the base is quantized.
+        """
+        raise NotImplementedError
+
+
+class LoraLinear(AdaptedLinear):
+    """A frozen linear plus scale * B A; with DoRA, each row of the sum brought to a trained length.
+
+    Dropout falls on the input of A only.
+
+    Args:
+        base: as in `AdaptedLinear`.
+        config: rank, scale, dropout, and whether it is DoRA.
+        a_RI: use this tensor as A (adapters of one fused group share it); a fresh zero tensor otherwise.
+
+    Attributes:
+        lora_A, lora_B: (rank, in) and (out, rank), float32.
+        lora_magnitude: (out,), float32, the length of each row; None without DoRA.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+
+    def __init__(self, base: nn.Module, config: LoraConfig, *, a_RI: nn.Parameter | None = None) -> None:
+        super().__init__(base)
         self.config = config
         self.scale = config.scale
         device = next(iter([*base.parameters(), *base.buffers()])).device
@@ -91,36 +121,68 @@ class LoraLinear(nn.Module):
             a_RI = nn.Parameter(torch.zeros(config.rank, self.in_features, dtype=torch.float32, device=device))
         self.lora_A = a_RI
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, dtype=torch.float32, device=device))
+        self.lora_magnitude = nn.Parameter(self._row_norms()) if config.use_dora else None
+        self._kept_gain: tuple[list[tuple[int, int]], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        if self.lora_magnitude is None:
+            return self._sum(x, self._bias())
+        out, bias_O = self._sum(x, None), self._bias()
+        out = (out * self._gain()).to(out.dtype)
+        return out if bias_O is None else out + bias_O.to(out.dtype)
+
+    def merged_weight(self) -> Tensor:
+        """See `AdaptedLinear.merged_weight`."""
+        return self.sum_weight().to(self.base.weight.dtype)  # type: ignore[union-attr, arg-type]
+
+    @torch.no_grad()
+    def sum_weight(self) -> Tensor:
+        """The merged weight in float32: (out, in); raises as `merged_weight`."""
+        if not isinstance(self.base, nn.Linear):
+            raise quantized_merge_error("a linear", self.base)
+        weight_OI = torch.addmm(self.base.weight.float(), self.lora_B, self.lora_A, alpha=self.scale)
+        return weight_OI if self.lora_magnitude is None else weight_OI.mul_(self._gain()[:, None])
+
+    def _sum(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
+        """x (W + scale * B A)^T, and the base's bias unless it is None here."""
         dropout = self.config.dropout if self.training else 0.0
         if isinstance(self.base, nn.Linear) and not dropout:
             dtype = x.dtype
             if torch.is_autocast_enabled(x.device.type):
                 dtype = torch.get_autocast_dtype(x.device.type)
-            return lora_linear(
-                x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, scale=self.scale, dtype=dtype
-            )
+            return lora_linear(x, self.base.weight, bias_O, self.lora_A, self.lora_B, scale=self.scale, dtype=dtype)
         out = self.base(x)
+        own_O = self._bias()
+        if own_O is not None and bias_O is None:
+            out = out - own_O.to(out.dtype)
         low_x = torch.dropout(x, dropout, True) if dropout else x
         low_x = nn.functional.linear(low_x.to(out.dtype), self.lora_A.to(out.dtype))
         return out + nn.functional.linear(low_x, self.lora_B.to(out.dtype)) * self.scale
 
-    def merged_weight(self) -> Tensor:
-        """(out, in) dense weight with the adapter in it, summed in float32, in the base weight's dtype.
+    def _bias(self) -> Tensor | None:
+        return getattr(self.base, "bias", None)
 
-        Raises:
-            ConfigError: the base is quantized.
-        """
-        if not isinstance(self.base, nn.Linear):
-            raise quantized_merge_error("a linear", self.base)
-        weight_OI = self.base.weight.detach()
-        merged = torch.addmm(weight_OI.float(), self.lora_B.detach(), self.lora_A.detach(), alpha=self.scale)
-        return merged.to(weight_OI.dtype)
+    def _gain(self) -> Tensor:
+        """What DoRA multiplies each output by: (out,), float32; the norms are constants to the backward pass."""
+        assert self.lora_magnitude is not None
+        if self.training or torch.is_grad_enabled():
+            return self.lora_magnitude / self._row_norms()
+        # Generating asks for every token, and the norms cost as much as a forward over `rank` tokens.
+        held = (*self.base.parameters(), *self.base.buffers(), self.lora_A, self.lora_B, self.lora_magnitude)
+        key = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in held]
+        if self._kept_gain is None or self._kept_gain[0] != key:
+            self._kept_gain = key, self.lora_magnitude / self._row_norms()
+        return self._kept_gain[1]
+
+    def _row_norms(self) -> Tensor:
+        """Lengths of the rows of W + scale * B A: (out,), float32, without gradient."""
+        with torch.no_grad():
+            return row_norms(dense_weight(self.base), self.lora_A, self.lora_B, scale=self.scale)
 
     def extra_repr(self) -> str:
-        return f"rank={self.config.rank}, scale={self.scale:g}, dropout={self.config.dropout:g}"
+        dora = ", dora" if self.config.use_dora else ""
+        return f"rank={self.config.rank}, scale={self.scale:g}, dropout={self.config.dropout:g}{dora}"
 
 
 def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -129,7 +191,7 @@ def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        if isinstance(module, (nn.Linear, LoraLinear)) or (
+        if isinstance(module, (nn.Linear, AdaptedLinear)) or (
             hasattr(module, "in_features") and hasattr(module, "out_features")
         ):
             inside = name + "."
@@ -142,11 +204,12 @@ def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every A and B once, in the model's order (an A shared by a fused group is listed once)."""
+    """Every A, B and magnitude once, in the model's order (an A shared by a fused group is listed once)."""
     seen: dict[int, nn.Parameter] = {}
     for module in lora_modules(model).values():
-        for parameter in (module.lora_A, module.lora_B):
-            seen.setdefault(id(parameter), parameter)
+        for parameter in (module.lora_A, module.lora_B, module.lora_magnitude):
+            if parameter is not None:
+                seen.setdefault(id(parameter), parameter)
     return list(seen.values())
 
 
@@ -238,7 +301,7 @@ def merge_adapter(model: nn.Module) -> list[str]:
     Raises:
         ConfigError: the model carries no adapter, or one over quantized weights; nothing is changed then.
     """
-    modules = lora_modules(model)
+    modules = {name: module for name, module in named_linears(model) if isinstance(module, AdaptedLinear)}
     if not modules:
         raise ConfigError("the model carries no adapter to merge")
     for name, module in modules.items():

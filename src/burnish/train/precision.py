@@ -22,12 +22,13 @@ def bfloat16_is_native(device: torch.device) -> bool:
     return False
 
 
-def resolve_precision(model: nn.Module, config: TrainConfig) -> Literal["float32", "bfloat16"]:
+def resolve_precision(model: nn.Module, config: TrainConfig) -> Literal["float32", "bfloat16", "float16"]:
     """The precision that a run computes in.
 
     "auto": the weights' own when they are bfloat16; otherwise bfloat16 where the device multiplies it in hardware (CUDA
-    cards since Ampere, CPUs with AVX512-BF16 or AMX), and float32 elsewhere, where it would be slower. Trained
-    parameters, their gradients and the optimizer are float32 in every case.
+    cards since Ampere, CPUs with AVX512-BF16 or AMX), float16 with loss scaling on older CUDA cards, and float32
+    elsewhere, where the others would be slower. Trained parameters, their gradients and the optimizer are float32 in
+    every case.
 
     Raises:
         ConfigError: the weights' dtype does not allow what is asked for.
@@ -45,13 +46,17 @@ def resolve_precision(model: nn.Module, config: TrainConfig) -> Literal["float32
             "training on float16 weights would overflow", remedy='Load the model as "bfloat16" or "float32".'
         )
     if torch.bfloat16 in floating:
-        if config.precision == "float32":
+        if config.precision in ("float32", "float16"):
             raise ConfigError(
-                "precision float32 needs float32 weights", got="bfloat16", remedy='Load the model as "float32".'
+                f"precision {config.precision} needs float32 weights",
+                got="bfloat16",
+                remedy='Load the model as "float32".',
             )
         return "bfloat16"
     if config.precision == "auto":
-        return "bfloat16" if bfloat16_is_native(device) else "float32"
+        if bfloat16_is_native(device):
+            return "bfloat16"
+        return "float16" if device.type == "cuda" else "float32"
     return config.precision
 
 
@@ -69,6 +74,27 @@ def frozen_in_bfloat16(model: nn.Module, *, enabled: bool) -> Iterator[None]:
                 if not parameter.requires_grad and parameter.dtype == torch.float32:
                     kept.append((parameter, parameter.data))
                     parameter.data = parameter.data.bfloat16()
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+@contextlib.contextmanager
+def frozen_linears_in_float16(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Hold frozen float32 weights of linears in float16 inside the block, and give back the same tensors after it.
+
+    For autocast, which would cast them in every pass. All else, and with it the residual stream, stays float32: sums of
+    many layers overflow float16.
+    """
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        if enabled:
+            linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+            for parameter in {id(p): p for linear in linears for p in linear.parameters()}.values():
+                if not parameter.requires_grad and parameter.dtype == torch.float32:
+                    kept.append((parameter, parameter.data))
+                    parameter.data = parameter.data.half()
         yield
     finally:
         for parameter, data in kept:

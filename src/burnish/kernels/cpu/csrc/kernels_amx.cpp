@@ -15,6 +15,7 @@
 #include <initializer_list>
 
 #include "lanes.h"
+#include "tiles.h"
 
 namespace burnish {
 namespace amx {
@@ -22,48 +23,13 @@ namespace amx {
 #include "micro_avx512.h"
 #include "portable.inl"
 
-constexpr int kTileRows = 16, kTileBytes = 64, kBlock = 32;
-// Below this many rows the vector units keep up with memory.
-constexpr int kFewestRows = 5;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-static const TileConfig& tile_config() {
-  static const TileConfig config;
-  return config;
-}
-
-// The compilers' own intrinsic tells them of 8 of the 64 bytes it reads, so that they may drop the others.
-static void configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
-
-// Others in this process use the tiles too (torch's oneDNN): their configuration is put back.
-class Tiles {
- public:
-  Tiles() {
-    __asm__ volatile("sttilecfg %0" : "=m"(before_));
-    configure(tile_config());
-  }
-  ~Tiles() {
-    if (before_.palette == 0) {
-      _tile_release();
-    } else {
-      configure(before_);
-    }
-  }
-
- private:
-  TileConfig before_;
-};
+constexpr int kBlock = 32;
+// Below this many rows the vector units keep up with memory, or with what widening costs. The latter also keeps the
+// drafts of one request, and of two, on the units that round a group's weights only once.
+constexpr int kFewestRows = 5, kFewestRowsGrouped = 20;
 
 // How many steps before its use a tile of weights is asked for.
 constexpr int kStepsAhead = 4;
-constexpr size_t kTileSize = kTileRows * kTileBytes;
 
 BURNISH_INLINE void prefetch_tile(const char* tile) {
   // Hidden from the compiler, which would otherwise keep the address of every line in a register.
@@ -195,10 +161,10 @@ static void widen_panel(const Linear& linear, int panel, uint8_t* to) {
 
 static void linear_tiles(const Linear& linear, Rows x, int rows, int first_panel, int last_panel, const Output& output,
                          Scratch scratch) {
-  if (rows < kFewestRows || linear.format == kF32) {
+  const bool floats = linear.format == kBf16, grouped = linear.format == kInt4 || linear.format == kInt8G;
+  if (rows < (grouped ? kFewestRowsGrouped : kFewestRows) || linear.format == kF32) {
     return linear_rows(linear, x, rows, first_panel, last_panel, output, scratch);
   }
-  const bool floats = linear.format == kBf16, grouped = linear.format == kInt4 || linear.format == kInt8G;
   const size_t item = floats ? 2 : 1;
   const size_t a_stride = linear.k_padded * item, panel_bytes = static_cast<size_t>(linear.k_padded) * kLanes * item;
   const int steps = static_cast<int>(a_stride / kTileBytes);
