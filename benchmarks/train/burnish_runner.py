@@ -17,7 +17,7 @@ from work import ALPHA, CLIP, RANK, SEED, Memory, Step, arguments, learning_rate
 from burnish.compress.frozen_loading import FrozenFormat, load_frozen
 from burnish.measure.hardware import version_record
 from burnish.models.loading import load_decoder
-from burnish.pipeline.predicted import predicted_training
+from burnish.pipeline.predicted import predicted_training, rows_of_run
 from burnish.train.adapter import load_adapter
 from burnish.train.config import TrainConfig
 from burnish.train.lora import LoraConfig, attach_lora
@@ -52,20 +52,16 @@ def main() -> None:
     load_s = time.perf_counter() - started
     rows = read_rows(flags)
     config = _config(flags)
-    lengths = [len(row) for row in rows]
+    examples = [Row(row) for row in rows]
     predicted = predicted_training(
-        model,
-        config=config,
-        lora=LoraConfig(rank=RANK, alpha=ALPHA),
-        longest=max(lengths),
-        label_tokens=sum(lengths) // len(lengths) - 1,
+        model, config=config, lora=LoraConfig(rank=RANK, alpha=ALPHA), rows=rows_of_run(examples, config)
     )
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.float().sum()
     memory = Memory()
     memory.mark_loaded()
-    result = train(model, [Row(row) for row in rows], config=config)
+    result = train(model, examples, config=config)
     if result.skipped_steps:
         raise SystemExit(f"{result.skipped_steps} steps were skipped: loss or gradient was not finite")
     positions = 1 / (1 - result.padding_share)

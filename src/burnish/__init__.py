@@ -22,7 +22,9 @@ _HOME = {
     "DataConfig": "burnish.pipeline.examples",
     "Engine": "burnish.pipeline.api",
     "LoraConfig": "burnish.train.lora",
+    "PruneConfig": "burnish.compress.prune_config",
     "QuantizeConfig": "burnish.compress.config",
+    "RecoverConfig": "burnish.pipeline.recovery",
     "SamplingParams": "burnish.engine.sampling",
     "Source": "burnish.pipeline.opening",
     "TrainConfig": "burnish.train.config",
@@ -31,6 +33,7 @@ _HOME = {
     "evaluate": "burnish.pipeline.evaluate",
     "load": "burnish.pipeline.api",
     "merge": "burnish.pipeline.merge",
+    "prune": "burnish.pipeline.prune",
     "quantize": "burnish.pipeline.quantize",
     "tune": "burnish.pipeline.tune",
 }
@@ -40,7 +43,9 @@ __all__ = [
     "DataConfig",
     "Engine",
     "LoraConfig",
+    "PruneConfig",
     "QuantizeConfig",
+    "RecoverConfig",
     "SamplingParams",
     "Source",
     "TrainConfig",
@@ -51,6 +56,7 @@ __all__ = [
     "load",
     "merge",
     "plan",
+    "prune",
     "quantize",
     "tune",
 ]
@@ -58,6 +64,7 @@ __all__ = [
 if TYPE_CHECKING:
     from burnish import plan
     from burnish.compress.config import QuantizeConfig
+    from burnish.compress.prune_config import PruneConfig
     from burnish.engine.sampling import SamplingParams
     from burnish.errors import BurnishError
     from burnish.measure.bench import Workload
@@ -67,7 +74,9 @@ if TYPE_CHECKING:
     from burnish.pipeline.examples import DataConfig
     from burnish.pipeline.merge import merge
     from burnish.pipeline.opening import Source
+    from burnish.pipeline.prune import prune
     from burnish.pipeline.quantize import quantize
+    from burnish.pipeline.recovery import RecoverConfig
     from burnish.pipeline.tune import tune
     from burnish.train.config import TrainConfig
     from burnish.train.lora import LoraConfig

@@ -46,6 +46,17 @@ def test_forward_equals_the_dequantized_linear(
         assert torch.allclose(layer(x), F.linear(x, quantized.dequantize(), _bias()), atol=1e-4)
 
 
+@pytest.mark.parametrize("activation_order", [True, False])
+def test_dequantized_fills_the_memory_it_is_given(activation_order: bool) -> None:
+    layer = GroupQuantizedLinear.from_quantized(_quantized(activation_order=activation_order))
+    want = layer.dequantize()
+    torch.testing.assert_close(layer.dequantized(torch.float32), want)
+    buffer = torch.full((OUT + 3, IN), 7.0)
+    torch.testing.assert_close(layer.dequantized(torch.float32, out_OI=buffer[1 : OUT + 1]), want)
+    torch.testing.assert_close(buffer[1 : OUT + 1], want)
+    assert (buffer[[0, -2, -1]] == 7).all()
+
+
 def test_forward_in_bfloat16_stays_near_the_dequantized_linear() -> None:
     quantized = _quantized(symmetric=False)
     layer = GroupQuantizedLinear.from_quantized(quantized, bias=_bias())

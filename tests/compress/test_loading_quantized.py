@@ -167,13 +167,25 @@ def _put(name: str, tensor: Tensor) -> Edit:
         (_drop(f"{LAYER}.qweight"), LAYER),
         (_set(bits=8), "does not hold 8-bit weights of .* input features"),
         (_set(group_size=64), r"scales|qzeros"),
-        (_set(quant_method="bitsandbytes"), "cannot be read; got 'bitsandbytes'"),
+        (_set(quant_method="bitsandbytes"), "says bitsandbytes, but no weight is quantized"),
+        (_set(quant_method="hqq"), "cannot be read; got 'hqq'"),
         (_set(dynamic={"-:.*down_proj": {}}), "is packed, but config.json says it is dense"),
         (_put(f"{LAYER}.g_idx", torch.full((52,), 4, dtype=torch.int32)), rf"{LAYER}: g_idx names a group"),
         (_put(f"{LAYER}.scales", torch.ones(4, 7)), r"scales has the wrong shape"),
         (_put("model.layers.0.mlp.strange.qweight", torch.zeros(2, 2, dtype=torch.int32)), "strange"),
     ],
-    ids=["no-zeros", "no-weight", "bits", "group-size", "method", "excluded", "order", "shape", "unknown"],
+    ids=[
+        "no-zeros",
+        "no-weight",
+        "bits",
+        "group-size",
+        "method",
+        "unknown-method",
+        "excluded",
+        "order",
+        "shape",
+        "unknown",
+    ],
 )
 def test_damaged_folder_is_refused_by_name(quantized: tuple[Path, Decoder], edit: Edit, message: str) -> None:
     folder, _ = quantized

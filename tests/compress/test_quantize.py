@@ -3,11 +3,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
+from burnish.compress import gptq
 from burnish.compress.config import QuantizeConfig
 from burnish.compress.gptq import quantize_weight
 from burnish.compress.gptq_format import quantized_linears
@@ -96,6 +98,42 @@ def test_each_linear_is_calibrated_on_what_the_quantized_ones_before_it_give(
     assert (layer.quantized().ints == found["parent"]).float().mean() < 0.9
 
 
+@torch.no_grad()
+def test_without_true_sequential_later_linears_see_the_dense_earlier_ones(
+    make_decoder: MakeDecoder, examples: list[list[int]]
+) -> None:
+    child, parent = make_decoder(layers=1), make_decoder(layers=1)
+    quantize_model(child, examples, QuantizeConfig(bits=2, group_size=-1, true_sequential=False))
+    for name in ("model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"):
+        dense, inputs = parent.get_submodule(name), []
+        hook = dense.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, 1)))
+        for tokens in examples:
+            parent(torch.tensor([tokens]))
+        hook.remove()
+        x = torch.cat(inputs)
+        expected = quantize_weight(dense.weight, x.t() @ x, bits=2, scale_search=True).ints  # pyright: ignore
+        layer = child.get_submodule(name)
+        assert isinstance(layer, GroupQuantizedLinear)
+        assert (layer.quantized().ints == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_linears_with_one_input_share_its_hessian_and_its_inverse(
+    make_decoder: MakeDecoder, examples: list[list[int]], monkeypatch: pytest.MonkeyPatch, true_sequential: bool
+) -> None:
+    inverted: list[str] = []
+    invert = gptq.inverse_factor
+
+    def counting(hessian: torch.Tensor, **options: Any) -> torch.Tensor:
+        inverted.append(options["name"])
+        return invert(hessian, **options)
+
+    monkeypatch.setattr(gptq, "inverse_factor", counting)
+    quantize_model(make_decoder(), examples, QuantizeConfig(group_size=16, true_sequential=true_sequential))
+    roles = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    assert inverted == [f"model.layers.{layer}.{role}" for layer in (0, 1) for role in roles]
+
+
 def test_same_inputs_give_the_same_model_bit_for_bit(make_decoder: MakeDecoder, examples: list[list[int]]) -> None:
     states = []
     for _ in range(2):
@@ -173,7 +211,7 @@ def test_quantizing_twice_is_refused(make_decoder: MakeDecoder, examples: list[l
     [
         ({"bits": 5}, "bits is not supported; got 5"),
         ({"group_size": 0}, "group_size"),
-        ({"method": "awq"}, "unknown quantization method"),
+        ({"method": "ap"}, "unknown quantization method"),
         ({"damping": 0.0}, "damping"),
         ({"method": "rtn", "activation_order": True}, "activation_order has no meaning"),
         ({"batch_tokens": 0}, "must be positive"),

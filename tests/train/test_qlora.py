@@ -20,6 +20,7 @@ from burnish.train.adapter import load_adapter, save_adapter
 from burnish.train.batches import collate
 from burnish.train.config import TrainConfig
 from burnish.train.freezing import BASE_FORMATS, freeze_parameters, trainable_parameters
+from burnish.train.linear_group import LinearGroup, WeightScratch
 from burnish.train.lora import LoraConfig, attach_lora, lora_modules, lora_parameters, merge_adapter
 from burnish.train.losses import masked_cross_entropy
 from burnish.train.trainer import train
@@ -152,6 +153,31 @@ def test_training_over_frozen_weights_equals_training_over_dequantized_ones(
         losses.append([step.loss for step in result.steps] + [item.loss for item in result.eval])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][4] < losses[0][0]
+
+
+def test_groups_rebuild_in_the_same_memory_and_in_any_order(make_decoder: Callable[..., Any]) -> None:
+    model = make_decoder()
+    freeze_in_place(model, FrozenFormat())
+    attach_lora(model, LoraConfig(rank=4), seed=0)
+    fill(model)
+    mlp, attention = model.model.layers[0].mlp, model.model.layers[0].self_attn
+    linears = [[mlp.gate_proj, mlp.up_proj], [attention.q_proj, attention.v_proj]]
+    scratch = WeightScratch()
+    groups = [LinearGroup(group, dtype=torch.float32, scratch=scratch) for group in linears]
+    for group in groups:
+        group.join()
+    x = torch.randn(5, groups[0].num_inputs, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    outs = [group.forward(x.detach()) for group in groups]
+    memory = scratch.matrix(1, 1, dtype=torch.float32, device=torch.device("cpu")).data_ptr()
+    for group, parts, out in zip(groups, linears, outs):
+        want = torch.cat([part(x) for part in parts], dim=1)
+        torch.testing.assert_close(out[:, : group.num_outputs], want)
+        grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
+        wide = torch.cat([grad, torch.empty(5, group.num_ranks)], dim=1)
+        got = [group.backward_input(wide), *group.backward_weights(wide, x.detach(), out[:, group.num_outputs :])]
+        for mine, autograds in zip(got, torch.autograd.grad(want, [x, *group.parameters], grad), strict=True):
+            torch.testing.assert_close(mine, autograds)
+    assert scratch.matrix(1, 1, dtype=torch.float32, device=torch.device("cpu")).data_ptr() == memory
 
 
 def test_bfloat16_computes_over_frozen_weights(make_decoder: Callable[..., Any], make_rows: Callable[..., Any]) -> None:

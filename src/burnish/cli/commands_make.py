@@ -1,4 +1,4 @@
-"""Commands that make a model from a model: tune, merge, quantize, synth."""
+"""Commands that make a model from a model: tune, merge, synth."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import typer
 
 from burnish.cli import options
 from burnish.cli.output import note, print_json, stderr, stdout, watching
+from burnish.errors import ConfigError
 
 
 def register(app: typer.Typer) -> None:
     app.command()(tune)
     app.command(short_help="Merge an adapter into its base and prove that nothing was lost.")(merge)
-    app.command(short_help="Quantize a model and hold the child against its parent.")(quantize)
     app.command(short_help="Write random weights in a published shape, for measuring.")(synth)
 
 
@@ -65,6 +65,9 @@ def tune(
     optimizer: Annotated[
         str, typer.Option(help="adamw, adafactor, lion; on CUDA also adamw-8bit and paged-adamw-8bit.")
     ] = "adamw",
+    offload_activations: Annotated[
+        bool, typer.Option("--offload-activations", help="Keep activations in host memory (CUDA).")
+    ] = False,
     offload_optimizer: Annotated[
         bool, typer.Option("--offload-optimizer", help="Keep the optimizer's state in host memory (CUDA).")
     ] = False,
@@ -90,6 +93,13 @@ def tune(
         bool, typer.Option("--profile", help="Write OUT/trace.json, a Chrome trace of a few steps.")
     ] = False,
     track: options.Track = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Choose micro-batches, checkpointing and precision to stay within it: 2GiB."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show memory, settings and a trial step; train and write nothing.")
+    ] = False,
     processes: Annotated[int, typer.Option(metavar="N", help="Train in N processes of this machine.")] = 1,
     sharding: Annotated[
         str,
@@ -98,7 +108,9 @@ def tune(
     config: options.Config = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="To hold the base in; bfloat16 halves its memory (lora).")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="To hold the base in: float32 unless --memory chooses; bfloat16 takes half.")
+    ] = None,
     threads: options.Threads = None,
     revision: options.Revision = None,
     offline: options.Offline = False,
@@ -110,12 +122,13 @@ def tune(
     """Tune MODEL on rows: a PEFT-format LoRA adapter, or all weights."""
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log; read when torch is imported
-    from burnish.cli.show_stages import show_operators, show_tune
+    from burnish.cli.show_stages import show_operators, show_rehearsal, show_tune
     from burnish.pipeline.examples import DataConfig
     from burnish.pipeline.launching import is_rank, launch
     from burnish.pipeline.opening import Source
     from burnish.pipeline.resuming import ResumeConfig
     from burnish.pipeline.tune import tune as run
+    from burnish.pipeline.tune_rehearsal import rehearse
     from burnish.track.making import make_tracker
     from burnish.train.config import TrainConfig
     from burnish.train.distributed import joined, local_device, local_threads
@@ -140,6 +153,7 @@ def tune(
         warmup=warmup,
         weight_decay=weight_decay,
         min_rate=min_rate,
+        offload_activations=offload_activations,
         offload_optimizer=offload_optimizer,
         neftune=neftune,
         max_grad_norm=max_grad_norm,
@@ -171,6 +185,8 @@ def tune(
         seed=seed,
         offline=offline,
     )
+    if dry_run and (processes != 1 or is_rank()):
+        raise ConfigError("a dry run is of one process", remedy="Leave --processes out.")
     if processes != 1 and not is_rank():
         command = [sys.executable, "-m", "burnish", *context.find_root().obj]
         return launch(command, processes=processes, threads=threads)
@@ -184,8 +200,23 @@ def tune(
             revision=revision,
             offline=offline,
             allow_pickle=allow_pickle,
-            dtype=dtype,
+            dtype=dtype or ("float32" if memory is None else "auto"),
         )
+        if dry_run:
+            plan = rehearse(
+                model,
+                data=rows,
+                lora=lora,
+                config=train_config,
+                eval_data=eval_data,
+                eval_split=eval_split,
+                streaming=streaming,
+                memory=memory,
+                source=source,
+                progress=progress,
+            )
+            print_json(plan) if json else show_rehearsal(stdout(), plan)
+            return None
         record = run(
             model,
             data=rows,
@@ -195,6 +226,7 @@ def tune(
             eval_data=eval_data,
             eval_split=eval_split,
             streaming=streaming,
+            memory=memory,
             source=source,
             overwrite=overwrite,
             resume=ResumeConfig(resume=resume, keep_checkpoints=keep_checkpoints),
@@ -261,74 +293,15 @@ def merge(
             dtype=dtype,
             source=source,
             data=gate_data,
-            limits=_limits(MERGE_LIMITS, max_kl, min_agreement),
+            limits=replace(
+                MERGE_LIMITS,
+                max_kl_mean=MERGE_LIMITS.max_kl_mean if max_kl is None else max_kl,
+                min_greedy_agreement=MERGE_LIMITS.min_greedy_agreement if min_agreement is None else min_agreement,
+            ),
             overwrite=overwrite,
             progress=progress,
         )
     print_json(record) if json else show_merge(stdout(), record)
-
-
-def quantize(
-    model: options.ModelArgument,
-    out: Annotated[str, typer.Option("--out", help="Folder for the quantized model.")],
-    method: Annotated[str, typer.Option(help="gptq or rtn.")] = "gptq",
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Input features that share a scale; -1 for one per output.")] = 128,
-    symmetric: Annotated[bool, typer.Option(help="Zero point in the middle of the grid.")] = True,
-    act_order: Annotated[bool, typer.Option(help="Quantize features in order of importance (gptq).")] = False,
-    damping: Annotated[float, typer.Option(help="Share of the mean added to the Hessian's diagonal (gptq).")] = 0.01,
-    calibration: Annotated[
-        str | None, typer.Option(help="Rows to calibrate on; the model's training rows when not given.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
-    template: options.Template = "auto",
-    gate_data: Annotated[str | None, typer.Option(help="Held-out rows to compare on.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL from the parent, nats per token.")] = None,
-    min_agreement: Annotated[float | None, typer.Option(help="Least share of equal greedy tokens, 0..1.")] = None,
-    config: options.Config = None,
-    device: options.Device = "cpu",
-    dtype: options.Dtype = "auto",
-    threads: options.Threads = None,
-    revision: options.Revision = None,
-    offline: options.Offline = False,
-    allow_pickle: options.AllowPickle = False,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Quantize MODEL's linears into the common GPTQ layout; exit 4 if the child is worse than allowed."""
-    from burnish.cli.show_stages import show_quantize
-    from burnish.compress.config import QuantizeConfig
-    from burnish.pipeline.gates import QUANTIZE_LIMITS
-    from burnish.pipeline.opening import Source
-    from burnish.pipeline.quantize import quantize as run
-
-    settings = QuantizeConfig(
-        method=method,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        activation_order=act_order,
-        damping=damping,
-    )
-    source = Source(
-        device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
-    )
-    with watching(quiet=quiet) as progress:
-        record = run(
-            model,
-            out=out,
-            config=settings,
-            calibration=calibration,
-            num_samples=samples,
-            template=template,
-            data=gate_data,
-            limits=_limits(QUANTIZE_LIMITS[bits], max_kl, min_agreement),
-            source=source,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    print_json(record) if json else show_quantize(stdout(), record)
 
 
 def synth(
@@ -366,11 +339,3 @@ def synth(
         )
     else:
         stdout().print(f"{out}: {shape}, {format_count(parameters)} parameters, {format_bytes(size)}, random weights")
-
-
-def _limits(default: Any, max_kl: float | None, min_agreement: float | None) -> Any:
-    return replace(
-        default,
-        max_kl_mean=default.max_kl_mean if max_kl is None else max_kl,
-        min_greedy_agreement=default.min_greedy_agreement if min_agreement is None else min_agreement,
-    )

@@ -10,7 +10,15 @@ from typing import Any
 
 import typer
 
-from burnish.cli import commands_make, commands_measure, commands_plan, commands_use
+from burnish.cli import (
+    command_export,
+    command_prune,
+    command_quantize,
+    commands_make,
+    commands_measure,
+    commands_plan,
+    commands_use,
+)
 from burnish.errors import BurnishError
 
 UsageError: Any = typer.BadParameter.__base__  # Typer's own Click or the package, whichever this version uses
@@ -25,7 +33,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 110},
 )
-for group in (commands_use, commands_make, commands_measure, commands_plan):
+for group in (
+    commands_use,
+    commands_make,
+    command_quantize,
+    command_prune,
+    command_export,
+    commands_measure,
+    commands_plan,
+):
     group.register(app)
 
 

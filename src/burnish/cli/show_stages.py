@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -16,10 +17,13 @@ from burnish.measure.formatting import (
     format_share,
     ratio,
 )
+from burnish.pipeline.export import ExportRecord
 from burnish.pipeline.gates import GateResult
 from burnish.pipeline.merge import MergeRecord
+from burnish.pipeline.prune import PruneRecord
 from burnish.pipeline.quantize import QuantizeRecord
 from burnish.pipeline.tune import TuneRecord
+from burnish.pipeline.tune_rehearsal import RehearsalRecord
 
 
 def facts(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
@@ -82,6 +86,24 @@ def show_tune(console: Console, record: TuneRecord) -> None:
     facts(console, record.adapter, rows)
 
 
+def show_rehearsal(console: Console, record: RehearsalRecord) -> None:
+    """What a tuning run would do, from a dry run."""
+    rows = [
+        ("method", f"{record.method}, computed in {record.precision}, base in {record.dtype}"),
+        ("rows", f"{record.num_examples}, the longest of {record.longest} tokens, {record.num_too_long} too long"),
+        ("a step", record.setting),
+        ("steps", f"{format_count(record.steps)} over {format_count(record.tokens)} tokens"),
+        ("time", f"{format_seconds(record.seconds)} at {record.tokens_per_s:,.0f} tokens/s, without evaluations"),
+        ("memory, trial", f"{format_bytes(record.measured_peak_bytes)} peak"),
+        ("memory, predicted", f"{format_bytes(record.predicted_peak_bytes)} peak"),
+        *[(f"  {name}", format_bytes(size)) for name, size in record.predicted_components.items()],
+    ]
+    if record.fit is not None:
+        budget = format_bytes(record.fit["budget_bytes"])
+        rows.insert(3, ("chosen", f"for {budget}: {record.fit['reason']}"))
+    facts(console, f"{record.base} (dry run)", rows)
+
+
 def _parts(record: TuneRecord) -> list[tuple[str, str]]:
     """Memory by component, predicted beside measured."""
     lines = []
@@ -122,13 +144,20 @@ def show_merge(console: Console, record: MergeRecord) -> None:
     facts(console, record.out, rows)
 
 
+def _widths(record: QuantizeRecord) -> str:
+    if not record.widths:
+        return f"{record.bits} bits"
+    counts = Counter(record.widths.values())
+    return "mixed bits (" + ", ".join(f"{counts[bits]} linears of {bits}" for bits in sorted(counts)) + ")"
+
+
 def show_quantize(console: Console, record: QuantizeRecord) -> None:
     """What a quantization did."""
     worst = sorted(record.layers, key=lambda layer: layer.error, reverse=True)[:3]
     rows = [
         (
             "method",
-            f"{record.method}, {record.bits} bits, groups of {record.group_size}, "
+            f"{record.method}, {_widths(record)}, groups of {record.group_size}, "
             f"{record.bits_per_weight:.2f} stored bits per weight",
         ),
         (
@@ -142,4 +171,48 @@ def show_quantize(console: Console, record: QuantizeRecord) -> None:
         ("worst layers", ", ".join(f"{layer.name.removeprefix('model.')} {layer.error:.4f}" for layer in worst)),
         *_gate(record.gate),
     ]
+    facts(console, record.out, rows)
+
+
+def show_prune(console: Console, record: PruneRecord) -> None:
+    """What a pruning did, and what it is worth."""
+    worst = sorted(record.layers, key=lambda layer: layer.error, reverse=True)[:3]
+    rows = [
+        ("method", f"{record.method}, {record.amount}"),
+        ("sparsity", f"{format_share(record.sparsity)} of the weights in the blocks"),
+        ("parameters", f"{format_count(record.parameters)} of {format_count(record.parent_parameters)}"),
+        (
+            "calibration",
+            f"{record.calibration_tokens} tokens of {record.calibration_source}"
+            if record.calibration_tokens
+            else "none",
+        ),
+        ("written", f"{format_bytes(record.disk_bytes)} in {format_seconds(record.seconds)}"),
+        ("memory, peak", _memory(record.peak_memory_bytes, None)),
+        ("worst layers", ", ".join(f"{layer.name.removeprefix('model.')} {layer.error:.4f}" for layer in worst)),
+        *_gate(record.gate),
+        ("speed", record.speed),
+    ]
+    if record.dense_columns:
+        rows.insert(2, ("left dense", f"{record.dense_columns} columns that fill no whole run of the pattern"))
+    if (recovery := record.recovery) is not None:
+        change = f"loss {recovery.loss_before:.3f} -> {recovery.loss_after:.3f}"
+        rows.insert(3, ("recovery", f"{recovery.steps} steps in {format_seconds(recovery.seconds)}, {change}"))
+    facts(console, record.out, rows)
+
+
+def show_export(console: Console, record: ExportRecord) -> None:
+    """What was written, what it lacks, and what the other program made of it."""
+    rows = [
+        ("format", f"{record.to}, {record.format}"),
+        ("written", f"{format_bytes(record.disk_bytes)} in {format_seconds(record.seconds)}"),
+        ("memory, peak", format_bytes(record.peak_memory_bytes)),
+    ]
+    if record.kept_f16:
+        rows.append(("kept in float16", f"{len(record.kept_f16)} tensors whose rows are no multiple of 32"))
+    rows += [("note", note) for note in record.notes]
+    if record.gate is None:
+        rows.append(("gate", f"not compared: {record.compared_by} is not installed"))
+    else:
+        rows += [("compared by", record.compared_by), *_gate(record.gate)]
     facts(console, record.out, rows)

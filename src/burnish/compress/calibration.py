@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from burnish.errors import DataError
 from burnish.models.attention import AttentionSpec, FullCausal
-from burnish.models.decoder import Decoder
+from burnish.models.decoder import Block, Decoder
 
 # B sequences of one batch, T tokens of its longest, D hidden, N real tokens, I in features
 
@@ -171,15 +171,57 @@ class BlockWalk:
         `input_groups` of this block comes first, and linears are asked for in its order, those before already final.
         """
         linear = block_linears(block)[name]
-        for each in self._inputs:
-            each.attention.keep = name not in self._before_attention
         total_II = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
         count = 0
+        self._keep_attention(name)
         for real_BT, x_BTI in self._inputs_of(layer, block, linear):
             x_NI = x_BTI[real_BT].float()
             total_II.addmm_(x_NI.t(), x_NI)
             count += x_NI.shape[0]
         return total_II.div_(count)
+
+    def hessians(self, layer: int, block: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+        """`hessian` of several linears from one forward through the block as it is now."""
+        linears = block_linears(block)
+        totals = {
+            name: torch.zeros(linears[name].in_features, linears[name].in_features, device=linears[name].weight.device)
+            for name in names
+        }
+        count = 0
+        for each in self._inputs:
+            each.attention.release()
+            count += int(each.real_BT.sum())
+
+            def add(name: str, real_BT: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x_NI = args[0][real_BT].float()
+                totals[name].addmm_(x_NI.t(), x_NI)
+
+            hooks = [linears[name].register_forward_pre_hook(partial(add, name, each.real_BT)) for name in names]
+            try:
+                block(each.hidden_BTD, *each.arguments[layer])
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return {name: total_II.div_(count) for name, total_II in totals.items()}
+
+    def inputs_and_residuals(self, layer: int, block: nn.Module, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What a linear reads, (N, in), and what its output is added to, (N, out), per batch, float32.
+
+        The latter is None where the output is not added to the residual stream. Asked for as `hessian` is.
+        """
+        assert isinstance(block, Block)
+        linear = block_linears(block)[name]
+        self._keep_attention(name)
+        ends_block = name == "mlp.down_proj" and block.mlp_output_norm is None
+        ends_attention = name == "self_attn.o_proj" and block.attention_output_norm is None
+        for each, (real_BT, x_BTI, out_BTD) in zip(
+            self._inputs, self._inputs_and_outputs_of(layer, block, linear, to_the_end=ends_block)
+        ):
+            residual_BTD = out_BTD
+            if ends_attention:
+                hidden_BTD = each.hidden_BTD
+                residual_BTD = block.input_layernorm(hidden_BTD) if block.residual_from_norm else hidden_BTD
+            yield x_BTI[real_BT].float(), None if residual_BTD is None else residual_BTD[real_BT].float()
 
     def advance(self, layer: int, block: nn.Module) -> None:
         """Replace the hidden states by what the block makes of them."""
@@ -187,21 +229,55 @@ class BlockWalk:
             each.hidden_BTD = block(each.hidden_BTD, *each.arguments[layer])
             each.attention.release()
 
+    def finish(self, model: Decoder, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the decoder makes of the hidden states from this block on: (real_BT, final hidden states) per batch."""
+        for each in self._inputs:
+            each.attention.release()
+            hidden_BTD = each.hidden_BTD
+            for later, block in enumerate(model.model.layers[layer:], start=layer):
+                hidden_BTD = block(hidden_BTD, *each.arguments[later])
+            yield each.real_BT, model.model.norm(hidden_BTD)
+
+    def forget_attention(self) -> None:
+        """Compute the block's attention anew when it is next needed: linears before it have changed."""
+        for each in self._inputs:
+            each.attention.release()
+
+    def _keep_attention(self, name: str) -> None:
+        for each in self._inputs:
+            each.attention.keep = name not in self._before_attention
+
     def _inputs_of(self, layer: int, block: nn.Module, linear: nn.Linear) -> Iterator[tuple[Tensor, Tensor]]:
+        for real_BT, x_BTI, _ in self._inputs_and_outputs_of(layer, block, linear, to_the_end=False):
+            yield real_BT, x_BTI
+
+    def _inputs_and_outputs_of(
+        self, layer: int, block: nn.Module, linear: nn.Linear, *, to_the_end: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Per batch what is real, what the linear reads, and what the block would give if the linear gave zeros.
+
+        The block is only run to the end when that is asked for, and stops at the linear otherwise.
+        """
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             caught.append(args[0])
-            raise _Stop
+            if not to_the_end:
+                raise _Stop
 
-        hook = linear.register_forward_pre_hook(catch)
+        def silence(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return torch.zeros_like(output)
+
+        hooks = [linear.register_forward_pre_hook(catch), linear.register_forward_hook(silence)]
         try:
             for each in self._inputs:
+                out_BTD = None
                 with suppress(_Stop):
-                    block(each.hidden_BTD, *each.arguments[layer])
-                yield each.real_BT, caught.pop()
+                    out_BTD = block(each.hidden_BTD, *each.arguments[layer])
+                yield each.real_BT, caught.pop(), out_BTD
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
 
 def _embed(model: Decoder, batch: TokenBatch) -> _BlockInput:

@@ -57,7 +57,7 @@ class FrozenLinear(nn.Module):
         """The weight that the layer stands for, dense: (out, in), each rounded once from float32.
 
         Args:
-            out_OI: contiguous and of that dtype, to be filled and returned instead of a new tensor.
+            out_OI: of that dtype, to be filled and returned instead of a new tensor; rows may lie apart.
         """
         raise NotImplementedError
 

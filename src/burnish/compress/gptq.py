@@ -6,6 +6,8 @@ Cholesky of the Hessian in reversed order: with P the reversal and P H P = M M',
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,30 @@ RUN = 32
 """Columns between two updates inside a block: rank-one updates stay in cache, the rest is matrix products."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class InverseHessian:
+    """What one input's Hessian gives every linear that reads it.
+
+    Attributes:
+        factor_II: upper triangular U with U' U the inverse of the damped Hessian, (in, in), float32, in the order of
+            quantization.
+        order_I: (in,), the input features in that order; None is the plain one.
+    """
+
+    factor_II: Tensor
+    order_I: Tensor | None
+
+
+def invert_hessian(
+    hessian: Tensor, *, damping: float = 0.01, activation_order: bool = False, name: str = "weight"
+) -> InverseHessian:
+    """Damp, order and invert a Hessian; arguments and errors as in `quantize_weight` and `inverse_factor`."""
+    order_I = torch.argsort(hessian.diagonal(), descending=True, stable=True) if activation_order else None
+    return InverseHessian(
+        factor_II=inverse_factor(hessian, damping=damping, order_I=order_I, name=name), order_I=order_I
+    )
+
+
 def quantize_weight(
     weight: Tensor,
     hessian: Tensor,
@@ -37,6 +63,7 @@ def quantize_weight(
     activation_order: bool = False,
     scale_search: bool = False,
     block_size: int = 128,
+    inverse: InverseHessian | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Quantize one linear weight column by column with GPTQ.
@@ -54,6 +81,7 @@ def quantize_weight(
         activation_order: columns in order of falling Hessian diagonal (ties: lower column first); groups follow it.
         scale_search: fit each scale by least squared error, columns weighted by what their errors cost.
         block_size: columns between two updates of all the rest; does not change the result beyond rounding.
+        inverse: of this Hessian, where other linears share it; its damping and order count then.
         name: the layer, for messages.
 
     Raises:
@@ -67,8 +95,9 @@ def quantize_weight(
             f"the Hessian of {name} does not fit", got=tuple(hessian.shape), expected=(in_features, in_features)
         )
     width = group_width(in_features, group_size)
-    order_I = torch.argsort(hessian.diagonal(), descending=True, stable=True) if activation_order else None
-    factor_II = inverse_factor(hessian, damping=damping, order_I=order_I, name=name)
+    if inverse is None:
+        inverse = invert_hessian(hessian, damping=damping, activation_order=activation_order, name=name)
+    order_I, factor_II = inverse.order_I, inverse.factor_II
     # Columns as rows, so that each one is contiguous.
     weight_IO = weight.detach().float().t()
     weight_IO = (weight_IO[order_I] if order_I is not None else weight_IO).contiguous()

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from burnish.compress.config import PER_CHANNEL, QuantizeConfig
 from burnish.compress.group_linear import PACKED, GroupQuantizedLinear
-from burnish.compress.packing import WORD_BITS
+from burnish.compress.packing import WORD_BITS, num_words
 from burnish.compress.quantized_weight import QuantizedWeight
 from burnish.errors import CheckpointError, CompressionError
 from burnish.models.checkpoint_writing import (
@@ -36,6 +36,7 @@ from burnish.models.checkpoint_writing import (
     pending,
     write_safetensors_folder,
 )
+from burnish.models.config import ModelConfig
 from burnish.models.decoder import Decoder
 from burnish.models.families.registry import family_named
 from burnish.models.loading import copy_companions, write_config
@@ -149,7 +150,7 @@ def quantization_config(config: QuantizeConfig) -> dict[str, Any]:
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
         "damp_percent": config.damping,
-        "true_sequential": True,
+        "true_sequential": config.true_sequential,
         "static_groups": False,
         "meta": {"quantizer": ["burnish"], "method": config.method},
     }
@@ -169,12 +170,30 @@ def odd_linears(decoder: Decoder) -> list[str]:
     ]
 
 
+def stored_bits(out_features: int, in_features: int, *, bits: int, group_size: int) -> int:
+    """Bits that a linear of this shape takes in the files, its bias left out."""
+    layer = GroupQuantizedLinear(in_features, out_features, bits=bits, group_size=group_size, device="meta")
+    return 8 * sum(getattr(layer, name).nbytes for name in PACKED)
+
+
+def can_store(config: ModelConfig, name: str, bits: int) -> bool:
+    """Whether the family's files can hold this linear at this width: parts of fused ones have to fill whole words."""
+    weight_map = family_named(config.family).weight_map(config)
+    for placement in weight_map.placements([f"{name}.qweight"]).values():
+        rows = placement.rows
+        if rows is not None:
+            words = num_words(rows.num_rows, bits)
+            return all(count * words % rows.num_rows == 0 for _, count in rows.blocks)
+    return True
+
+
 def save_quantized(
     decoder: Decoder,
     folder: str | Path,
     *,
     source: Path | None,
     config: QuantizeConfig,
+    widths: Mapping[str, int] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a quantized decoder as a model folder in the common GPTQ layout.
@@ -185,6 +204,7 @@ def save_quantized(
         source: the parent's folder: its config.json is kept where it says the same, its tokenizer and generation files
             are copied.
         config: what the decoder was quantized with.
+        widths: bits of linears by canonical name, where they are not the config's; written as "dynamic" overrides.
 
     Raises:
         CompressionError: nothing is quantized, or a layer's bits or groups are not what `config` says.
@@ -196,11 +216,12 @@ def save_quantized(
     if not linears:
         raise CompressionError("the model has no quantized linears to save", remedy="Quantize it first")
     for name, layer in linears.items():
-        if (layer.bits, layer.group_size) != (config.bits, config.group_size):
+        expected_bits = (widths or {}).get(name, config.bits)
+        if (layer.bits, layer.group_size) != (expected_bits, config.group_size):
             raise CompressionError(
                 f"{name} is not quantized as the config says",
                 got=f"bits {layer.bits}, group_size {layer.group_size}",
-                expected=f"bits {config.bits}, group_size {config.group_size}",
+                expected=f"bits {expected_bits}, group_size {config.group_size}",
             )
     tensors = _dense_tensors(decoder) | _packed_tensors(decoder, linears)
     write_safetensors_folder(folder, tensors, max_shard_bytes=max_shard_bytes)
@@ -209,10 +230,18 @@ def save_quantized(
         decoder.config,
         source=source,
         dtype=decoder.dtype,
-        changes={"quantization_config": quantization_config(config)},
+        changes={"quantization_config": quantization_config(config) | _overrides(decoder, config, widths or {})},
     )
     if source is not None:
         copy_companions(source, folder)
+
+
+def _overrides(decoder: Decoder, config: QuantizeConfig, widths: Mapping[str, int]) -> dict[str, Any]:
+    """The "dynamic" record, as GPTQModel writes it, of the linears whose bits are not the config's."""
+    weight_map = family_named(decoder.config.family).weight_map(decoder.config)
+    changed = {weight_map.hf_module(name).name: bits for name, bits in widths.items() if bits != config.bits}
+    dynamic = {f"+:^{re.escape(module)}$": {"bits": bits} for module, bits in changed.items()}
+    return {"dynamic": dynamic} if dynamic else {}
 
 
 def _dense_tensors(decoder: Decoder) -> dict[str, PendingTensor]:

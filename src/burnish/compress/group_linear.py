@@ -156,11 +156,13 @@ class GroupQuantizedLinear(nn.Module):
         """The weight the layer stands for: (out, in)."""
         return self.quantized().dequantize(dtype=dtype)
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight that forward multiplies by, dense and new: (out, in), rebuilt in `dtype`."""
+    def dequantized(self, dtype: torch.dtype, *, out_OI: Tensor | None = None) -> Tensor:
+        """The weight that forward multiplies by, dense: (out, in), rebuilt in `dtype`; in `out_OI` if given."""
         self.prepare()
+        if self.column_order is None:
+            return self._slab(0, self.out_features, dtype, scratch_RN=out_OI)
         weight_ON = self._slab(0, self.out_features, dtype)
-        return weight_ON if self.column_order is None else weight_ON[:, torch.argsort(self.column_order)]
+        return torch.index_select(weight_ON, 1, torch.argsort(self.column_order), out=out_OI)
 
     def prepare(self) -> GroupQuantizedLinear:
         """Change to the state that forward reads and drop the packed tensors; does nothing when done before.

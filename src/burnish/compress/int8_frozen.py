@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from burnish.compress.frozen_linear import FrozenLinear
 from burnish.compress.int8_linear import quantize_rows
-
-SLAB_WEIGHTS = 1 << 17
-"""Weights rebuilt at once: in float32 they stay in a core's cache."""
+from burnish.kernels import training_reference
+from burnish.kernels.cpu.training_weights import weight_kernels
 
 
 class Int8Frozen(FrozenLinear):
@@ -70,8 +69,5 @@ class Int8Frozen(FrozenLinear):
         """See `FrozenLinear.dequantized`."""
         if out_OI is None:
             out_OI = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
-        rows = max(1, SLAB_WEIGHTS // max(1, self.in_features))
-        for start in range(0, self.out_features, rows):
-            slab = slice(start, start + rows)
-            out_OI[slab] = self.weight[slab].float().mul_(self.weight_scale[slab, None])
-        return out_OI
+        kernels = weight_kernels(self.weight.device, dtype) or training_reference
+        return kernels.dequantize_rows(self.weight, self.weight_scale, out_OI)

@@ -1,13 +1,13 @@
-"""The loader for everything that runs or measures a model: dense folders and GPTQ folders alike."""
+"""The loader for everything that runs or measures a model: dense and quantized folders alike."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from burnish.compress.foreign_readers import foreign_reader
 from burnish.compress.gptq_format import GptqFolderConfig, LinearFormat, quantized_linears, read_quantization_config
 from burnish.compress.group_linear import GroupQuantizedLinear
 from burnish.compress.packing import num_words
@@ -16,7 +16,7 @@ from burnish.models.checkpoint import TensorReader
 from burnish.models.decoder import Decoder
 from burnish.models.families.registry import family_named
 from burnish.models.linears import replace_linears
-from burnish.models.loading import load_decoder, resolve_model
+from burnish.models.loading import fill_decoder, open_checkpoint, resolve_model
 from burnish.models.weight_map import WeightMap
 
 
@@ -29,10 +29,11 @@ def load_model(
     offline: bool = False,
     allow_pickle: bool = False,
 ) -> Decoder:
-    """Load a dense or GPTQ-quantized model folder, whoever wrote it.
+    """Load a dense or quantized model folder, whoever wrote it.
 
     Quantized linears are those that the weight files hold packed; config.json says their bits and group size. Both
-    versions of the layout, any order of groups (g_idx), overrides per module and missing g_idx are understood.
+    versions of the layout, any order of groups (g_idx), overrides per module and missing g_idx are understood. AWQ
+    folders become such linears too; what bitsandbytes quantized becomes dense (`foreign_readers`).
 
     Args:
         model: a folder, a bundled model's name or a hub id, as `models.loading.resolve_model` takes it.
@@ -49,12 +50,13 @@ def load_model(
     """
     folder = resolve_model(model, revision=revision, offline=offline, allow_pickle=allow_pickle)
 
-    def prepare(decoder: Decoder, hf_config: dict[str, Any]) -> None:
-        config = read_quantization_config(hf_config)
-        if config is not None:
-            _place_quantized_linears(decoder, config, TensorReader(folder, allow_pickle=allow_pickle))
-
-    decoder = load_decoder(folder, dtype=dtype, device=device, allow_pickle=allow_pickle, prepare=prepare)
+    decoder, plain_reader, hf_config = open_checkpoint(folder, dtype=dtype, allow_pickle=allow_pickle)
+    reader, seen_config = foreign_reader(plain_reader, hf_config)
+    config = read_quantization_config(seen_config)
+    if config is not None:
+        _place_quantized_linears(decoder, config, reader)
+    fill_decoder(decoder, reader, device=torch.device(device))
+    decoder.eval()
     for name, layer in quantized_linears(decoder).items():
         try:
             layer.prepare()

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from burnish.compress.quantized_weight import check_weight
 from burnish.errors import ConfigError
+from burnish.kernels import training_reference
+from burnish.kernels.cpu.training_weights import weight_kernels
+from burnish.kernels.training_reference import SCALES_PER_BLOCK
 
 # P pairs of weights (bytes), B blocks, S blocks of scales
 
 BLOCK_SIZE = 64
-SCALES_PER_BLOCK = 256
 ROUNDED_AT_ONCE = (1 << 15) - 1
 """They stay in a core's cache, and torch runs so few without waking other threads."""
-REBUILT_AT_ONCE = 1 << 17
 CELLS = 4096
 """Of the look-up that finds a weight's level; none holds two midpoints between levels."""
 
@@ -78,14 +79,6 @@ class BlockScales:
     absmax: Tensor
     scale: Tensor | None = None
     offset: Tensor | None = None
-
-    def values(self) -> Tensor:
-        """(blocks,), float32."""
-        if self.scale is None or self.offset is None:
-            return self.absmax
-        levels = dynamic_levels(self.absmax.device)
-        scale_B = self.scale.repeat_interleave(SCALES_PER_BLOCK)[: self.absmax.numel()]
-        return levels.index_select(0, self.absmax.int()).mul_(scale_B).add_(self.offset)
 
 
 def quantize_blocks(
@@ -140,26 +133,19 @@ def dequantize_blocks(packed_P: Tensor, scales: BlockScales, block_format: Block
     """Fill `out` with the weights that codes and scales stand for: each a product in float32, rounded once.
 
     Args:
-        out: contiguous, of the weight's shape and any float dtype; returned.
+        out: of the weight's shape, a matrix, and of any float dtype; rows may lie apart; returned.
     """
-    flat = out.view(-1)
-    size, total = block_format.block_size, flat.numel()
-    pairs = _pairs(block_format.kind, packed_P.device)
-    absmax_B = scales.values()
-    slab = max(1, REBUILT_AT_ONCE // size) * size
-    for start in range(0, total, slab):
-        end = min(start + slab, total)
-        # One look-up gives both weights of a byte: a pair of float32 moves as one 64-bit integer.
-        values = pairs.index_select(0, packed_P[start // 2 : -(-end // 2)].long()).view(torch.float32)[: end - start]
-        whole = (end - start) // size * size
-        first = start // size
-        if whole:
-            blocks_BN = values[:whole].view(-1, size)
-            blocks_BN.mul_(absmax_B[first : first + len(blocks_BN), None])
-        if whole < end - start:
-            values[whole:].mul_(absmax_B[first + whole // size])
-        flat[start:end].copy_(values)
-    return out
+    kernels = weight_kernels(packed_P.device, out.dtype) or training_reference
+    return kernels.dequantize_blocks(
+        packed_P,
+        scales.absmax,
+        out,
+        levels=LEVELS[block_format.kind],
+        block_size=block_format.block_size,
+        absmax_levels=dynamic_levels(packed_P.device) if scales.scale is not None else None,
+        absmax_scale=scales.scale,
+        absmax_offset=scales.offset,
+    )
 
 
 @lru_cache
@@ -204,11 +190,3 @@ def _search_tables(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Ten
     within[cells] = midpoints
     plain = bool((order.diff() == 1).all())
     return below.to(device), within.to(device), None if plain else order.to(torch.uint8).to(device)
-
-
-@lru_cache
-def _pairs(kind: str, device: torch.device) -> Tensor:
-    """The two levels that a byte stands for, as one 64-bit integer: (256,)."""
-    levels = torch.tensor(LEVELS[kind], dtype=torch.float32)
-    byte = torch.arange(256)
-    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).view(torch.int64).flatten().to(device)

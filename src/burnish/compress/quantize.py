@@ -1,22 +1,29 @@
 """Quantizing a whole decoder in place: which linears, in which order, with which inputs, and what it cost them.
 
-The algorithms are in `rtn` and `gptq`; files are in `gptq_format`.
+The algorithms are in `rtn`, `gptq`, `awq`, `rotation` and `sensitivity`; files are in `gptq_format`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from burnish.compress import gptq, rtn
+from burnish.compress import awq
+from burnish.compress.block_quantizing import quantize_block
 from burnish.compress.calibration import BlockWalk, block_linears, make_batches
-from burnish.compress.config import QuantizeConfig
+from burnish.compress.config import MixedPrecision, QuantizeConfig
 from burnish.compress.group_linear import GroupQuantizedLinear
+from burnish.compress.matching import ParentWalk
+from burnish.compress.partial import PartialFolder
 from burnish.compress.quantized_weight import QuantizedWeight
+from burnish.compress.rotation import rotate_model
+from burnish.compress.sensitivity import OnUnit, budget_bits, choose_bits, measure_sensitivity
 from burnish.errors import CompressionError, ConfigError
 from burnish.models.decoder import Decoder
 from burnish.models.linears import replace_linears
@@ -30,7 +37,8 @@ class LayerError:
 
     Attributes:
         name: canonical name of the linear.
-        error: |x (W - Q)'| / |x W'| over the calibration tokens; without calibration |W - Q| / |W|.
+        error: |x (W - Q)'| / |x W'| over the calibration tokens, W being what was aimed at (`match_parent` moves it);
+            without calibration |W - Q| / |W|.
         seconds: time since the linear before it was done.
     """
 
@@ -44,12 +52,13 @@ class QuantizeResult:
     """What was done to a model.
 
     Attributes:
-        config: as asked.
+        config: as asked; with mixed precision its bits are the most frequent ones.
         layers: one record per linear, in the order of the forward.
         bits_per_weight: stored bits (integers, scales, zero points, group indices) per quantized weight.
         num_weights: quantized weights.
         calibration_tokens: real tokens; 0 without calibration.
         seconds: the whole call.
+        widths: bits of every linear by canonical name where they were chosen one by one; else empty.
     """
 
     config: QuantizeConfig
@@ -58,6 +67,7 @@ class QuantizeResult:
     num_weights: int
     calibration_tokens: int
     seconds: float
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     def worst(self, count: int = 3) -> tuple[LayerError, ...]:
         """The layers that lost most, worst first."""
@@ -70,29 +80,39 @@ def quantize_model(
     examples: Sequence[Sequence[int]] | None,
     config: QuantizeConfig,
     *,
+    mixed: MixedPrecision | None = None,
     on_layer: OnLayer | None = None,
+    on_unit: OnUnit | None = None,
+    partial: PartialFolder | None = None,
 ) -> QuantizeResult:
     """Replace every linear of every block by a `GroupQuantizedLinear`, in place.
 
     Embeddings, norms and the language-model head are not touched. With examples, blocks are visited one after another
     and each sees the outputs of the quantized blocks before it; memory beyond the model is the hidden states of the
-    calibration tokens, one Hessian and one weight in float32. After an error the model is partly quantized: reload it.
+    calibration tokens (twice to match the parent), one Hessian and one weight in float32. After an error the model is
+    partly quantized: reload it.
 
     Args:
         model: changed in place; its mode (train or eval) is restored.
-        examples: calibration token ids, one list per text, of any lengths; required by gptq, for rtn they only serve to
-            measure the errors. The same examples in the same order give the same result, bit for bit.
+        examples: calibration token ids, one list per text, of any lengths; rtn needs none and only measures
+            its errors by them. The same examples in the same order give the same result, bit for bit.
         config: what to do.
+        mixed: choose each linear's bits by what it costs, instead of the config's; needs examples.
+        on_unit: called while that is measured, see `sensitivity.measure_sensitivity`.
         on_layer: called after each linear with its name, its error and its seconds.
+        partial: where finished blocks are kept; those that it has taken over already are not quantized again, and the
+            result is the same, bit for bit.
 
     Raises:
-        ConfigError: gptq without examples.
+        ConfigError: another method than rtn, or mixed precision, without examples; a budget that is too small.
         DataError: no calibration tokens, or ids outside the vocabulary.
         CompressionError: nothing to quantize, NaN or infinite weights or activations (names the layer), a Hessian that
-            is not positive definite.
+            is not positive definite; a model that cannot be rotated.
     """
-    if config.method == "gptq" and examples is None:
-        raise ConfigError("gptq needs calibration text", remedy="Give it examples, or use --method rtn")
+    if config.method != "rtn" and examples is None:
+        raise ConfigError(f"{config.method} needs calibration text", remedy="Give it examples, or use --method rtn")
+    if mixed is not None and examples is None:
+        raise ConfigError("mixed precision needs calibration text", remedy="Give it examples")
     blocks = list(model.model.layers)
     if not any(block_linears(block) for block in blocks):
         raise CompressionError(
@@ -101,7 +121,17 @@ def quantize_model(
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    walk, num_tokens = None, 0
+    if config.rotate:
+        rotate_model(model)
+    widths: dict[str, int] = {}
+    if mixed is not None and examples is not None:
+        widths = partial.widths if partial is not None and partial.widths is not None else {}
+        if not widths:
+            widths = _choose_widths(model, examples, config, mixed, on_unit)
+            if partial is not None:
+                partial.keep_widths(widths)
+        config = replace(config, bits=Counter(widths.values()).most_common(1)[0][0])
+    walk, parent, num_tokens = None, None, 0
     if examples is not None:
         batches = make_batches(
             examples,
@@ -111,15 +141,32 @@ def quantize_model(
         )
         num_tokens = sum(int(batch.real_BT.sum()) for batch in batches)
         walk = BlockWalk(model, batches)
+        parent = ParentWalk(model, batches) if config.match_parent else None
     progress = _Progress(on_layer)
     stored_bits = num_weights = 0
     try:
         for layer, block in enumerate(blocks):
             prefix = f"model.layers.{layer}."
-            done = _quantize_block(block, layer, prefix, walk, config, progress)
+            inside = {name.removeprefix(prefix): bits for name, bits in widths.items() if name.startswith(prefix)}
+            if parent is not None:
+                parent.start(layer, block)
+            resumed = partial is not None and layer < partial.finished
+            if partial is not None and resumed:
+                done = partial.restore(layer, block, config, inside)
+                progress.repeat(partial.records(layer))
+            else:
+                if config.scales and walk is not None:
+                    awq.scale_block(walk, layer, block, model=model.config, config=config, widths=inside)
+                    if parent is not None:
+                        parent.rescale(block)
+                done = quantize_block(block, layer, prefix, walk, config, inside, parent=parent, report=progress.report)
             if walk is not None:
                 walk.advance(layer, block)
+            if parent is not None:
+                parent.advance()
             _install(model, prefix, done)
+            if partial is not None and not resumed:
+                partial.add(block, [asdict(record) for record in progress.layers[-len(done) :]])
             num_weights += sum(each.ints.numel() for each in done.values())
             stored_bits += sum(_stored_bits(model.get_submodule(prefix + name)) for name in done)
     finally:
@@ -131,7 +178,31 @@ def quantize_model(
         num_weights=num_weights,
         calibration_tokens=num_tokens,
         seconds=time.perf_counter() - started,
+        widths=widths,
     )
+
+
+def _choose_widths(
+    model: Decoder,
+    examples: Sequence[Sequence[int]],
+    config: QuantizeConfig,
+    mixed: MixedPrecision,
+    on_unit: OnUnit | None,
+) -> dict[str, int]:
+    """Bits of every linear, measured on as many of the examples as `mixed.tokens` takes."""
+    chosen, left = [], mixed.tokens
+    for tokens in examples:
+        if left > 0 and tokens:
+            chosen.append(tokens[:left])
+            left -= len(chosen[-1])
+    batches = make_batches(
+        chosen,
+        vocab_size=model.config.vocab_size,
+        max_length=model.config.max_position_embeddings,
+        batch_tokens=config.batch_tokens,
+    )
+    units = measure_sensitivity(model, batches, config, mixed, on_unit=on_unit)
+    return choose_bits(units, budget_bits(model, units, mixed))
 
 
 class _Progress:
@@ -148,48 +219,14 @@ class _Progress:
         if self._on_layer is not None:
             self._on_layer(record.name, record.error, record.seconds)
 
-
-def _quantize_block(
-    block: nn.Module, layer: int, prefix: str, walk: BlockWalk | None, config: QuantizeConfig, progress: _Progress
-) -> dict[str, QuantizedWeight]:
-    """Quantize one block's linears; their dense weights become what the integers stand for."""
-    linears = block_linears(block)
-    groups = [[name] for name in linears] if walk is None else walk.input_groups(layer, block)
-    done: dict[str, QuantizedWeight] = {}
-    for group in groups:
-        hessian_II = None if walk is None else walk.hessian(layer, block, group[0])
-        for name in group:
-            linear = linears[name]
-            quantized = _quantize_linear(linear.weight, hessian_II, config, prefix + name)
-            progress.report(prefix + name, gptq.output_error(linear.weight, quantized, hessian_II))
-            linear.weight.copy_(quantized.dequantize(dtype=linear.weight.dtype))
-            done[name] = quantized
-    return done
-
-
-def _quantize_linear(weight: Tensor, hessian_II: Tensor | None, config: QuantizeConfig, name: str) -> QuantizedWeight:
-    if config.method == "rtn":
-        return rtn.quantize_weight(
-            weight,
-            bits=config.bits,
-            group_size=config.group_size,
-            symmetric=config.symmetric,
-            scale_search=config.scale_search,
-            name=name,
-        )
-    assert hessian_II is not None
-    return gptq.quantize_weight(
-        weight,
-        hessian_II,
-        bits=config.bits,
-        group_size=config.group_size,
-        symmetric=config.symmetric,
-        damping=config.damping,
-        activation_order=config.activation_order,
-        scale_search=config.scale_search,
-        block_size=config.block_size,
-        name=name,
-    )
+    def repeat(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Report linears of a run that was interrupted."""
+        for saved in records:
+            record = LayerError(name=saved["name"], error=saved["error"], seconds=saved["seconds"])
+            self.layers.append(record)
+            if self._on_layer is not None:
+                self._on_layer(record.name, record.error, record.seconds)
+        self._last = time.perf_counter()
 
 
 def _install(model: Decoder, prefix: str, done: dict[str, QuantizedWeight]) -> None:

@@ -24,6 +24,7 @@ def quantize_weight(
     group_size: int = -1,
     symmetric: bool = True,
     scale_search: bool = False,
+    importance: Tensor | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Quantize one linear weight by rounding.
@@ -34,6 +35,7 @@ def quantize_weight(
         group_size: input features per scale; -1 is all; the last group may be short.
         symmetric: fixed middle zero point.
         scale_search: fit each scale by least squared error.
+        importance: (in_features,), float32, what squared errors count for in that search; None counts all alike.
         name: the layer, for messages.
 
     Raises:
@@ -47,7 +49,14 @@ def quantize_weight(
     scales, zeros = [], []
     for start in range(0, in_features, width):
         columns = slice(start, min(start + width, in_features))
-        grid = fit_grid(weight_OI[:, columns], bits=bits, symmetric=symmetric, search=scale_search, name=name)
+        grid = fit_grid(
+            weight_OI[:, columns],
+            bits=bits,
+            symmetric=symmetric,
+            search=scale_search,
+            importance_N=None if importance is None else importance[columns],
+            name=name,
+        )
         ints_OI[:, columns] = grid.to_ints(weight_OI[:, columns]).to(torch.uint8)
         scales.append(grid.scale)
         zeros.append(grid.zero)

@@ -4,13 +4,14 @@ Arguments and results are those of `kernels/cpu/training.py`. Written out withou
 the tests. Sums are float32 (attention: float64); results are rounded once, to their inputs' dtype.
 
 Shapes: N tokens (rows), D width, I inner width, H query heads, K kv heads, E head dim, F rotated frequencies, C rows of
-logits, V vocabulary, T tokens of one sequence.
+logits, V vocabulary, T tokens of one sequence, O out and I in features, P pairs of weights (bytes), B blocks.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch import Tensor
 from burnish.kernels.reference import ACTIVATIONS, rotate
 
 IGNORED_LABEL = -100
+SCALES_PER_BLOCK = 256
+REBUILT_AT_ONCE = 1 << 17
+"""Weights: in float32 they stay in a core's cache."""
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------
@@ -224,3 +228,58 @@ def _scores(q_HTE: Tensor, k_HTE: Tensor, *, scale: float, window: int | None, s
     if slopes_H is not None:
         scores_HTT = scores_HTT - slopes_H.double()[:, None, None] * distance_TT
     return scores_HTT.masked_fill((distance_TT < 0) | (distance_TT >= (window or len(distance_TT) + 1)), -math.inf)
+
+
+# ---- frozen weights --------------------------------------------------------------------------------------------------
+
+
+def dequantize_blocks(
+    packed_P: Tensor,
+    absmax_B: Tensor,
+    out_OI: Tensor,
+    *,
+    levels: tuple[float, ...],
+    block_size: int,
+    absmax_levels: Tensor | None = None,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """Fill `out_OI` with weights of 4 bits in blocks; any device and float dtype. Dettmers et al., 2023,
+    arXiv:2305.14314."""
+    if absmax_levels is not None and absmax_scale is not None and absmax_offset is not None:
+        scale_B = absmax_scale.repeat_interleave(SCALES_PER_BLOCK)[: absmax_B.numel()]
+        absmax_B = absmax_levels.index_select(0, absmax_B.int()).mul_(scale_B).add_(absmax_offset)
+    whole_OI = out_OI if out_OI.is_contiguous() else torch.empty(out_OI.shape, dtype=out_OI.dtype, device=out_OI.device)
+    flat = whole_OI.view(-1)
+    total, pairs = flat.numel(), _pairs(levels, packed_P.device)
+    slab = max(1, REBUILT_AT_ONCE // block_size) * block_size
+    for start in range(0, total, slab):
+        end = min(start + slab, total)
+        # One look-up gives both weights of a byte: a pair of float32 moves as one 64-bit integer.
+        values = pairs.index_select(0, packed_P[start // 2 : -(-end // 2)].long()).view(torch.float32)[: end - start]
+        whole = (end - start) // block_size * block_size
+        first = start // block_size
+        if whole:
+            blocks_BN = values[:whole].view(-1, block_size)
+            blocks_BN.mul_(absmax_B[first : first + len(blocks_BN), None])
+        if whole < end - start:
+            values[whole:].mul_(absmax_B[first + whole // block_size])
+        flat[start:end].copy_(values)
+    return out_OI if whole_OI is out_OI else out_OI.copy_(whole_OI)
+
+
+def dequantize_rows(codes_OI: Tensor, scale_O: Tensor, out_OI: Tensor) -> Tensor:
+    """Fill `out_OI` with weights of 8 bits that have a scale per row; any device and float dtype."""
+    rows = max(1, REBUILT_AT_ONCE // max(1, codes_OI.shape[1]))
+    for start in range(0, len(codes_OI), rows):
+        slab = slice(start, start + rows)
+        out_OI[slab] = codes_OI[slab].float().mul_(scale_O[slab, None])
+    return out_OI
+
+
+@lru_cache
+def _pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """The two levels that a byte stands for, as one 64-bit integer: (256,)."""
+    levels_16 = torch.tensor(levels, dtype=torch.float32)
+    byte = torch.arange(256)
+    return torch.stack([levels_16[byte >> 4], levels_16[byte & 15]], dim=1).view(torch.int64).flatten().to(device)

@@ -51,16 +51,18 @@ def write_manifest(
     tokenizer: Tokenizer | None,
     gate: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    name: str = MANIFEST_NAME,
 ) -> dict[str, Any]:
     """Write the artifact's manifest, through a temporary name.
 
     Args:
-        kind: "adapter", "merged", "quantized" or "tuned".
+        kind: "adapter", "merged", "quantized", "pruned", "exported" or "tuned".
         inputs: name -> `describe_input`.
         config: the resolved settings.
         figures: what was measured.
         gate: the comparison with the parent and its verdict.
         data: what later stages need to make examples as this one did: source, template, max_length.
+        name: of the file, where the artifact is a file and not a folder of its own.
     """
     record = {
         "kind": kind,
@@ -76,7 +78,7 @@ def write_manifest(
     if tokenizer is not None:
         record["chat_template"] = tokenizer.chat_template
         record["golden_tokens"] = {"text": GOLDEN_TEXT, "ids": tokenizer.encode(GOLDEN_TEXT)}
-    write_text(folder / MANIFEST_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / name, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return record
 
 

@@ -68,6 +68,13 @@ def is_unfinished(out: Path) -> bool:
     return newest.stat().st_mtime > (out / MANIFEST_NAME).stat().st_mtime
 
 
+def unfinished_checkpoint(out: Path, options: ResumeConfig) -> Checkpoint | None:
+    """The checkpoint that `open_checkpoints` would go on from, if any."""
+    if options.resume == "auto":
+        return CheckpointFolder(out / CHECKPOINTS).newest() if is_unfinished(out) else None
+    return None if options.resume == "never" else find_checkpoint(options.resume)
+
+
 def open_checkpoints(
     out: Path,
     options: ResumeConfig,

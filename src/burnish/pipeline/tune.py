@@ -7,22 +7,32 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from burnish.engine.memory_budget import parse_bytes
+from burnish.errors import ConfigError
 from burnish.measure.json_values import to_plain
 from burnish.measure.memory import MemoryMeter
 from burnish.models.loading import save_decoder
 from burnish.pipeline.examples import DataConfig
 from burnish.pipeline.manifest import write_manifest
 from burnish.pipeline.opening import Opened, Source, check_output, open_decoder, read_without_weights
-from burnish.pipeline.predicted import predicted_training
+from burnish.pipeline.predicted import predicted_training, rows_of_run
 from burnish.pipeline.progress import Progress, silent
-from burnish.pipeline.resuming import ResumeConfig, is_unfinished, open_checkpoints, run_environment, run_identity
+from burnish.pipeline.resuming import (
+    ResumeConfig,
+    is_unfinished,
+    open_checkpoints,
+    run_environment,
+    run_identity,
+    unfinished_checkpoint,
+)
 from burnish.pipeline.runs import save_run
 from burnish.pipeline.training_data import EvaluationChoice, TrainingData, training_data
 from burnish.pipeline.training_record import tune_run
+from burnish.pipeline.tune_fit import Fitting, describe, kept_of
 from burnish.pipeline.tune_watch import TuneWatch
 from burnish.track.protocol import Tracker
 from burnish.train.adapter import save_adapter
@@ -41,7 +51,8 @@ from burnish.train.trainer import train
 class TuneRecord:
     """What `burnish tune --json` prints. Bytes are of the process; `loaded` and `peak` are over its start.
 
-    `resumed_from` is the step that the run went on from; `checkpoint` is the newest one left, to go on from or to keep.
+    `resumed_from` is the step that the run went on from; `checkpoint` is the newest one left, to go on from or to keep;
+    `fit` is what was chosen for a budget of memory (see `tune_fit.Fit`).
     """
 
     adapter: str
@@ -74,6 +85,7 @@ class TuneRecord:
     best_step: int | None = None
     best_kept: bool = False
     checkpoint: str | None = None
+    fit: dict[str, Any] | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -114,6 +126,7 @@ def tune(
     eval_data: str | None = None,
     eval_split: float | None = None,
     streaming: bool = False,
+    memory: str | int | None = None,
     source: Source | None = None,
     overwrite: bool = False,
     resume: ResumeConfig | None = None,
@@ -139,6 +152,8 @@ def tune(
         eval_data: rows for the evaluation loss, rendered as the training rows are; later gates use them too.
         eval_split: instead of that, a share (below 1) or a number of the rows is kept out of training for it.
         streaming: keep tokenized rows on disk (see `data.token_cache`), for data sets larger than memory.
+        memory: most that the run may take ("2GiB", bytes): micro-batches, checkpointing, and where they are "auto" the
+            precision and the base's dtype, are chosen to fit (see `tune_fit.py`). `config.rows_per_step` stays.
         source: dtype, device and threads.
         overwrite: write into a folder that holds something; one that holds an unfinished run is resumed without it.
         resume: whether to go on with an unfinished run; `ResumeConfig()` when None.
@@ -150,6 +165,7 @@ def tune(
 
     Raises:
         ConfigError, CheckpointError, DataError: bad input, found before training begins.
+        CapacityError: nothing fits into `memory`.
     """
     lora, config, source = lora or LoraConfig(), config or TrainConfig(), source or Source()
     base_format = BASE_FORMATS.get(config.method)
@@ -170,18 +186,29 @@ def tune(
             seed=config.seed,
             progress=progress,
         )
+    counted = rows_of_run(rows.examples, config)
+    fit = fitting = None
+    if memory is not None:
+        if not ranks.alone:
+            raise ConfigError("a budget of memory is for one process", remedy="Leave --memory out.")
+        budget = parse_bytes(memory, name="memory")
+        unfinished = unfinished_checkpoint(folder, resume)
+        if unfinished is None:
+            fitting = Fitting(shape, counted, config, lora, source)
+            config, fit = fitting.choose(budget)
+            source = replace(source, dtype=fit.dtype)
+        else:
+            config, dtype = kept_of(unfinished, config)
+            source = replace(source, dtype=dtype)
     with MemoryMeter() as meter:
         opened = open_decoder(model, source, frozen=base_format)
         loaded_bytes = max(0, meter.growth_bytes)
         if config.method != "full":
             attach_lora(opened.decoder, lora, seed=config.seed)
-        predicted = predicted_training(
-            opened.decoder,
-            config=config,
-            lora=lora,
-            longest=rows.longest,
-            label_tokens=rows.label_tokens,
-        )
+        if fitting is not None and fit is not None:
+            config, fit = fitting.try_out(config, fit, decoder=opened.decoder, examples=rows.examples)
+            notify(describe(fit))
+        predicted = predicted_training(opened.decoder, config=config, lora=lora, rows=counted)
         with ranks.main_first():
             checkpoints, found = open_checkpoints(
                 folder,
@@ -245,6 +272,7 @@ def tune(
         best_step=result.best_step,
         best_kept=result.best_kept,
         checkpoint=str(checkpoints.place(left[-1])) if left else None,
+        fit=None if fit is None else fit.to_dict(),
     )
     figures = {name: value for name, value in asdict(record).items() if name not in ("adapter", "base", "bad_rows")}
     figures["steps"] = [{k: v for k, v in step.items() if k not in ("phases", "memory")} for step in record.steps]
@@ -312,6 +340,8 @@ def _train(
 def _components(result: TrainResult, growth: int, *, on_cpu: bool) -> dict[str, int]:
     """Memory by part at the mark that held most; on the CPU "other" is what the process's own peak was above it."""
     parts = dict(result.highest_memory or result.component_bytes)
+    # They come while activations go, after the mark at which these are counted.
+    parts["gradients"] = max(parts["gradients"], result.component_bytes["gradients"])
     if on_cpu:
         named = sum(size for name, size in parts.items() if name != "other")
         parts["other"] = max(0, growth - named)

@@ -9,6 +9,7 @@ from burnish.errors import ConfigError
 from burnish.plan.weights import DTYPE_BYTES, FORMATS, GROUP_SIZE
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "adafactor", "lion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,16 @@ class PlanOptions:
         max_batch_tokens: prompt tokens computed in one step.
         kv_cache: whether keys and values are kept.
         micro_batch_size: training rows per forward pass.
+        micro_batch_tokens: positions per forward pass at most; None is what training takes by itself.
+        packing: rows of a forward pass lie end to end.
+        fused: blocks run fused where they can; False for adapters with dropout or DoRA.
         sequence_tokens: tokens of the longest training row.
         label_tokens: learned tokens per row; None is all of them.
+        positions, labels, widths: of the micro-batches, where they were counted: most positions (filled up), most
+            learned ones, and how many different numbers of positions there are. None works them out from the above.
         gradient_checkpointing: recompute blocks in the backward pass.
+        checkpoint_every: with it, every so many-th block.
+        optimizer: as `TrainConfig.optimizer`.
         precision: training computes in this; "auto" is bfloat16 where the device multiplies it.
         rank, target_modules: the adapter's.
         train_tokens: tokens of the whole training, for its time; None leaves the time out.
@@ -42,9 +50,17 @@ class PlanOptions:
     max_batch_tokens: int = 512
     kv_cache: bool = True
     micro_batch_size: int = 8
+    micro_batch_tokens: int | None = None
+    packing: bool = True
+    fused: bool = True
     sequence_tokens: int = 512
     label_tokens: int | None = None
+    positions: int | None = None
+    labels: int | None = None
+    widths: int | None = None
     gradient_checkpointing: bool = False
+    checkpoint_every: int = 1
+    optimizer: str = "adamw"
     precision: str = "auto"
     rank: int = 16
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -65,6 +81,7 @@ class PlanOptions:
             ("dtype", self.dtype, ("auto", *DTYPE_BYTES)),
             ("weight_format", self.weight_format or "float32", FORMATS),
             ("precision", self.precision, PRECISIONS),
+            ("optimizer", self.optimizer, OPTIMIZERS),
         ):
             if value not in allowed:
                 raise ConfigError(f"{name} is not known", got=repr(value), expected=", ".join(allowed))

@@ -17,7 +17,7 @@ RUNTIME_CUDA = 550 * MIB
 FIRST_USE_CPU = {
     "load": 4 * MIB,
     "generate": 25 * MIB,
-    "train": 58 * MIB,
+    "train": 36 * MIB,
     "quantize": 80 * MIB,
     "merge": 50 * MIB,
 }
@@ -31,6 +31,23 @@ It gives blocks of 32 MiB and more back at once, so this stops growing; with a f
 
 ALLOCATOR_LIMIT = 512 * MIB
 """Most that the allocator was seen to keep."""
+
+ALLOCATOR_SHARE = {2: 0.3, 4: 0.1}
+"""The same for fused training, in units of what is kept for the backward pass and the logits, by bytes of the compute
+dtype: compiled bfloat16 products stand in the heap between activations, and what is freed around them is not always
+used again."""
+
+FIT_SPARE_SHARE, FIT_SPARE_BYTES = 0.08, 24 * MIB
+"""What `tune --memory` keeps free beyond a prediction: of everything but the weights, and for each run."""
+
+KERNEL_BYTES = 0.55 * MIB
+"""oneDNN's compiled code and descriptors of one bfloat16 matrix product of one width (it keeps 1,024 of them)."""
+
+KERNEL_BYTES_PER_INPUT = 60
+"""The same, growing with the inputs of the widest product."""
+
+REBUILT_COPIES = 1
+"""Of the largest group of quantized linears, rebuilt in the compute dtype in memory that all groups share."""
 
 HESSIAN_COPIES = 5
 """(I, I) float32 matrices alive in GPTQ: the Hessian, damped, reversed, its Cholesky factor, the factor's inverse."""

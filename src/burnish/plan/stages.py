@@ -1,38 +1,31 @@
 """Peak memory of each stage, component by component.
 
 Every predictor gives bytes by component; their sum is the peak. "runtime" is there before the stage begins. Formulas
-stand in the predictors' docstrings, in activations.py and weights.py; measured constants in overheads.py.
+stand in the predictors' docstrings, in training.py, activations.py and weights.py; measured constants in overheads.py.
 Letters: P parameters, A adapter parameters, N tokens, D hidden, I in features, O out features, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from burnish.errors import ConfigError
 from burnish.models.config import ModelConfig
 from burnish.plan import overheads
-from burnish.plan.activations import (
-    comparison_workspace,
-    loss_workspace,
-    saved_activations,
-    saved_per_token,
-    working_set,
-)
+from burnish.plan.activations import comparison_workspace, working_set
 from burnish.plan.devices import Device
 from burnish.plan.options import PlanOptions
+from burnish.plan.training import Components, predict_training
 from burnish.plan.weights import (
     DTYPE_BYTES,
     QUANTIZED,
-    adapted_linears,
     adapter_parameters,
     block_linears,
     kv_bytes,
     running_bytes,
     weight_bytes,
 )
-
-Components = dict[str, int]
 
 SMALL_PARAMETERS = 100_000_000
 LARGE_PARAMETERS = 1_000_000_000
@@ -88,35 +81,6 @@ def predict_inference(config: ModelConfig, device: Device, options: PlanOptions,
     return parts
 
 
-def predict_lora(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
-    """Frozen weights + adapter (4 A) + gradients (4 A) + Adam (8 A) + activations + loss.
-
-    Computing in bfloat16 on float32 weights holds a cast copy of them beside the originals.
-    """
-    return _train(config, device, options, _dense_base(config, device, options, dtype), trained="adapter")
-
-
-def predict_qlora_4bit(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
-    """As LoRA, over weights in NF4 with double quantization; the largest linear is rebuilt densely to be used."""
-    return _train(config, device, options, _quantized_base(config, device, options, dtype, bits=4), trained="adapter")
-
-
-def predict_qlora_8bit(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
-    """As LoRA, over 8-bit weights; the largest linear is rebuilt densely to be used."""
-    return _train(config, device, options, _quantized_base(config, device, options, dtype, bits=8), trained="adapter")
-
-
-def predict_full(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
-    """Float32 weights (4 P) + gradients (4 P) + Adam (8 P) + activations + loss.
-
-    Computing in bfloat16 keeps the cast of every weight (2 P) from the forward to the backward pass.
-    """
-    base = {"weights": 4 * config.num_parameters()}
-    if _training_bytes(device, options) == 2:
-        base["cast weights"] = 2 * config.num_parameters()
-    return _train(config, device, options, base, trained="all")
-
-
 def predict_merge(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
     """Base and merged model in float32 (2 x 4 P) + the adapter (4 A) + the product B A + the comparison of both.
 
@@ -158,10 +122,7 @@ def predict_quantize(config: ModelConfig, device: Device, options: PlanOptions, 
 STAGES: dict[str, Callable[[ModelConfig, Device, PlanOptions, str], Components]] = {
     "load": predict_load,
     "inference": predict_inference,
-    "lora": predict_lora,
-    "qlora-8bit": predict_qlora_8bit,
-    "qlora-4bit": predict_qlora_4bit,
-    "full": predict_full,
+    **{method: partial(predict_training, method=method) for method in ("lora", "qlora-8bit", "qlora-4bit", "full")},
     "merge": predict_merge,
     "quantize": predict_quantize,
 }
@@ -198,71 +159,6 @@ def _weights(config: ModelConfig, weight_format: str, options: PlanOptions) -> i
 
 def _largest_linear(config: ModelConfig) -> int:
     return max(rows * columns for rows, columns in config.linear_shapes().values())
-
-
-def _training_bytes(device: Device, options: PlanOptions) -> int:
-    """Bytes of the compute dtype while training."""
-    if options.precision == "auto":
-        return 2 if device.bfloat16 else 4
-    return 2 if options.precision == "bfloat16" else 4
-
-
-def _dense_base(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
-    # Float16 cannot be trained on: such a model is loaded in float32 where the device has no bfloat16.
-    size = 4 if dtype == "float16" and not device.bfloat16 else DTYPE_BYTES[dtype]
-    base = {"weights": config.num_parameters() * size}
-    if size == 4 and _training_bytes(device, options) == 2:
-        base["cast weights"] = 2 * config.num_parameters()
-    return base
-
-
-def _quantized_base(config: ModelConfig, device: Device, options: PlanOptions, dtype: str, *, bits: int) -> Components:
-    """Linears of the blocks in NF4, or in 8 bits with a float32 scale per row; everything else in `dtype`."""
-    linears = block_linears(config)
-    held = sum(rows * columns for rows, columns in linears)
-    packed = weight_bytes(config, "nf4")
-    size = _training_bytes(device, options)
-    rest = 4 if dtype == "float16" and not device.bfloat16 else DTYPE_BYTES[dtype]
-    stored = packed.packed + packed.scales if bits == 4 else held + 4 * sum(rows for rows, _ in linears)
-    base = {
-        "weights": stored + (config.num_parameters() - held) * rest,
-        "workspace": size * max(rows * columns for rows, columns in linears),
-    }
-    if rest == 4 and size == 2:
-        base["cast weights"] = 2 * (config.num_parameters() - held)
-    return base
-
-
-def _train(config: ModelConfig, device: Device, options: PlanOptions, base: Components, *, trained: str) -> Components:
-    full = trained == "all"
-    size = _training_bytes(device, options)
-    rows, sequence = options.micro_batch_size, options.sequence_tokens
-    parts = {**_start(device, "train"), **base}
-    if full:
-        num_trained = config.num_parameters()
-    else:
-        num_trained = adapter_parameters(config, rank=options.rank, target_modules=options.target_modules)
-        parts["adapter"] = 4 * num_trained
-        if size == 4 and "workspace" not in parts:
-            parts["workspace"] = 2 * 4 * max(r * c for r, c in adapted_linears(config, options.target_modules))
-    parts["gradients"] = overheads.GRADIENT_BYTES * num_trained
-    parts["optimizer"] = overheads.ADAM_BYTES * num_trained
-    rank = 0 if full else options.rank
-    saved = saved_activations(
-        config,
-        rows=rows,
-        sequence=sequence,
-        dtype_bytes=size,
-        adapter_rank=rank,
-        full=full,
-        checkpointing=options.gradient_checkpointing,
-    )
-    parts["activations"] = saved + working_set(config, tokens=rows * sequence, dtype_bytes=size, gradients=True)
-    labels = rows * min(sequence, options.label_tokens or sequence)
-    parts["logits"] = loss_workspace(config, tokens=labels, dtype_bytes=size)
-    layer = rows * sequence * saved_per_token(config, dtype_bytes=size, adapter_rank=rank, full=full, sequence=sequence)
-    _add_allocator(parts, device, int(layer))
-    return parts
 
 
 def _add_allocator(parts: Components, device: Device, layer_bytes: int) -> None:

@@ -120,7 +120,7 @@ def training_seconds(
         config,
         trained=sum(rows * columns for rows, columns in block_linears(config)) if full else 0,
         head_trained=full,
-        recomputed=1.0 if options.gradient_checkpointing else 0.0,
+        recomputed=1.0 / options.checkpoint_every if options.gradient_checkpointing else 0.0,
     )
     length = options.sequence_tokens
     learned = min(length, options.label_tokens or length) / length

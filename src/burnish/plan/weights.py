@@ -45,6 +45,16 @@ def block_linears(config: ModelConfig) -> list[tuple[int, int]]:
     return [shape for name, shape in config.linear_shapes().items() if name.startswith("model.layers.")]
 
 
+def linear_groups(config: ModelConfig) -> list[tuple[tuple[str, ...], int, int]]:
+    """The linears of one block that read the same input: their roles, outputs of all together, inputs."""
+    shapes = {name.rpartition(".")[2]: shape for name, shape in config.linear_shapes().items() if ".layers.0." in name}
+    groups = []
+    for roles in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        there = tuple(role for role in roles if role in shapes)
+        groups.append((there, sum(shapes[role][0] for role in there), shapes[there[0]][1]))
+    return groups
+
+
 def weight_bytes(
     config: ModelConfig, weight_format: str, *, group_size: int = GROUP_SIZE, rest_bytes: int = REST_BYTES
 ) -> WeightBytes:

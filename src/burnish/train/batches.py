@@ -1,4 +1,4 @@
-"""Which rows make which optimizer step, and their tensors. Everything here is a function of the seed.
+"""Rows as the trainer takes them, and padded micro-batches. Which rows make a step is in `row_order.py`.
 
 Rows of a step are chosen before the step is cut into micro-batches, so that the micro-batch size never changes what is
 learned.
@@ -6,16 +6,14 @@ learned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from burnish.train.losses import IGNORED_LABEL
-from burnish.train.row_order import Ordering, RowOrder, steps_from
 
 # B rows, T tokens
 
@@ -62,36 +60,6 @@ class Batch:
 def count_labels(example: TrainingExample) -> int:
     """Tokens of the row that are learned; the first token has no predecessor and never counts."""
     return sum(label != IGNORED_LABEL for label in example.labels[1:])
-
-
-def step_rows(
-    lengths: Sequence[int], *, rows_per_step: int, ordering: Ordering, seed: int, epoch: int
-) -> list[list[int]]:
-    """Row numbers of each step of one epoch, longest row of a step first; see `row_order.RowOrder`."""
-    order = RowOrder(
-        lengths=np.asarray(lengths, dtype=np.int32), rows_per_step=rows_per_step, ordering=ordering, seed=seed
-    )
-    return order.epoch(epoch)
-
-
-def endless_steps(
-    lengths: Sequence[int],
-    *,
-    rows_per_step: int,
-    ordering: Ordering,
-    seed: int,
-    start: int = 0,
-    tokens_per_step: int | None = None,
-) -> Iterator[list[int]]:
-    """`step_rows` epoch after epoch, without the first `start` steps of all, which are not computed."""
-    return steps_from(
-        lengths,
-        rows_per_step=rows_per_step,
-        ordering=ordering,
-        seed=seed,
-        start_step=start,
-        tokens_per_step=tokens_per_step,
-    )
 
 
 def collate(examples: Sequence[TrainingExample], *, device: torch.device | str, max_width: int | None = None) -> Batch:

@@ -36,6 +36,7 @@ class TrainConfig:
         min_rate: share of the peak rate that the schedule ends at, 0 up to 1.
         warmup: share of all steps (below 1) or a number of steps with a rising rate.
         optimizer: "adamw", "adamw-8bit", "paged-adamw-8bit", "adafactor" or "lion" (see `optimizers.make_optimizer`).
+        offload_activations: what the backward pass needs waits in host memory; CUDA only.
         offload_optimizer: keep the optimizer's state in host memory and update there; CUDA only.
         weight_decay: decoupled, on matrices only.
         betas, epsilon: the optimizer's; its usual ones when None.
@@ -72,6 +73,7 @@ class TrainConfig:
     min_rate: float = 0.0
     warmup: float = 0.03
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "adafactor", "lion"] = "adamw"
+    offload_activations: bool = False
     offload_optimizer: bool = False
     weight_decay: float = 0.0
     betas: tuple[float, float] | None = None

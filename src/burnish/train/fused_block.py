@@ -164,16 +164,26 @@ class MlpHalf:
             return kernels.activation_forward(first, activation=self.activation)
         return kernels.gate_forward(first, second, activation=self.activation)
 
-    def activate_backward(self, grad_NI: Tensor, up_NE: Tensor, grad_up_NE: Tensor, kernels: TrainingKernels) -> None:
-        """Gradient of `activate`'s input, written to the first columns of `grad_up_NE`."""
+    def activate_backward(self, grad_NI: Tensor, up_NE: Tensor, grad_up_NE: Tensor, kernels: TrainingKernels) -> Tensor:
+        """`activate`'s result again; the gradient of its input goes to the first columns of `grad_up_NE`.
+
+        Overwrites `grad_NI`.
+        """
         first, second = self._branches(up_NE)
         grad_first, grad_second = self._branches(grad_up_NE)
         if second is None or grad_second is None:
             kernels.activation_backward(grad_NI, first, activation=self.activation, out=grad_first)
-            return
+            return kernels.activation_forward(first, activation=self.activation, out=grad_NI)
         kernels.gate_backward(
-            grad_NI, first, second, activation=self.activation, grad_gate_NI=grad_first, grad_up_NI=grad_second
+            grad_NI,
+            first,
+            second,
+            activation=self.activation,
+            grad_gate_NI=grad_first,
+            grad_up_NI=grad_second,
+            product_NI=grad_NI,
         )
+        return grad_NI
 
     def _branches(self, up_NE: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the activation is applied to, and what it is multiplied with."""
@@ -216,8 +226,10 @@ class _Attention(torch.autograd.Function):
         kernels = rows.kernels
         x_ND, stats_N2, qkv_NE, attended_NHE, lse_NH, low_NR = ctx.saved_tensors
         grad_ND = grads[0].contiguous()
-        grad_attended, out_grads = half.out.backward(_with_room(grad_ND, half.out), attended_NHE.flatten(1), low_NR)
-        assert grad_attended is not None
+        wide_NE = _with_room(grad_ND, half.out)
+        grad_attended = half.out.backward_input(wide_NE)
+        out_grads = half.out.backward_weights(wide_NE, attended_NHE.flatten(1), low_NR)
+        del wide_NE
         q_NHE, k_NKE, v_NKE = half.heads(qkv_NE)
         grad_qkv_NE = torch.empty_like(qkv_NE)
         grad_q_NHE, grad_k_NKE, grad_v_NKE = half.heads(grad_qkv_NE)
@@ -227,10 +239,10 @@ class _Attention(torch.autograd.Function):
         )  # fmt: skip
         if rope is not None:
             rows.rotate(rope, grad_q_NHE, grad_k_NKE, inverse=True)
+        grad_normed = half.qkv.backward_input(grad_qkv_NE)
         normed_ND = half.norm.again(x_ND, stats_N2, kernels)
-        grad_normed, qkv_grads = half.qkv.backward(grad_qkv_NE, normed_ND, qkv_NE[:, half.qkv.num_outputs :])
+        qkv_grads = half.qkv.backward_weights(grad_qkv_NE, normed_ND, qkv_NE[:, half.qkv.num_outputs :])
         del normed_ND
-        assert grad_normed is not None
         grad_x, norm_grads = half.norm.backward(
             grad_normed, x_ND, stats_N2, grad_ND if half.same_residual else None, kernels
         )
@@ -261,16 +273,17 @@ class _Mlp(torch.autograd.Function):
         kernels = rows.kernels
         x_ND, stats_N2, up_NE, low_NR = ctx.saved_tensors
         grad_ND = grads[0].contiguous()
-        product_NI = half.activate(up_NE, kernels)
-        grad_product, down_grads = half.down.backward(_with_room(grad_ND, half.down), product_NI, low_NR)
-        del product_NI
-        assert grad_product is not None
+        wide_NE = _with_room(grad_ND, half.down)
+        grad_product = half.down.backward_input(wide_NE)
         grad_up_NE = torch.empty_like(up_NE)
-        half.activate_backward(grad_product, up_NE, grad_up_NE, kernels)
+        product_NI = half.activate_backward(grad_product, up_NE, grad_up_NE, kernels)
         del grad_product
+        down_grads = half.down.backward_weights(wide_NE, product_NI, low_NR)
+        del product_NI, wide_NE
+        grad_normed = half.up.backward_input(grad_up_NE)
         normed_ND = half.norm.again(x_ND, stats_N2, kernels)
-        grad_normed, up_grads = half.up.backward(grad_up_NE, normed_ND, up_NE[:, half.up.num_outputs :])
-        assert grad_normed is not None
+        up_grads = half.up.backward_weights(grad_up_NE, normed_ND, up_NE[:, half.up.num_outputs :])
+        del normed_ND
         grad_x, norm_grads = half.norm.backward(
             grad_normed, x_ND, stats_N2, grad_ND if half.same_residual else None, kernels
         )

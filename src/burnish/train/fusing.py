@@ -17,7 +17,7 @@ from burnish.models.attention import Attention
 from burnish.models.decoder import Block, Decoder
 from burnish.models.rope import RopeTable
 from burnish.train.fused_block import AttentionHalf, MlpHalf, Norm, Sequences, can_fuse
-from burnish.train.linear_group import LinearGroup
+from burnish.train.linear_group import LinearGroup, WeightScratch
 from burnish.train.lora import LoraLinear
 from burnish.train.packed_attention import PackedCausal
 
@@ -36,6 +36,7 @@ class FusedBlocks:
 
     kernels: TrainingKernels | None = None
     groups: list[LinearGroup] = field(default_factory=list)
+    scratch: WeightScratch = field(default_factory=WeightScratch)
     num_blocks: int = 0
 
     def attention(self, starts: Sequence[int], *, device: torch.device) -> PackedCausal:
@@ -80,7 +81,7 @@ def _install(
     parallel = block.parallel_residual
     up = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
     qkv, out, ups, down = (
-        LinearGroup(linears, dtype=dtype)
+        LinearGroup(linears, dtype=dtype, scratch=fused.scratch)
         for linears in (
             [attention.q_proj, attention.k_proj, attention.v_proj],
             [attention.o_proj],
@@ -131,6 +132,6 @@ def _linears(block: Block) -> list[nn.Module]:
 
 
 def _can_join(linear: nn.Module) -> bool:
-    if isinstance(linear, LoraLinear):
+    if type(linear) is LoraLinear:
         return not linear.config.dropout and not linear.config.use_dora and _can_join(linear.base)
     return type(linear) is nn.Linear or hasattr(linear, "dequantized")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from burnish.kernels.cpu.training import TrainingKernels
+from burnish.train.linear_group import WeightScratch
 from burnish.train.losses import IGNORED_LABEL, MIN_CHUNK, ROW_STEP, select_labelled
 
 # N labelled positions, C positions of one chunk, D hidden, V vocabulary
@@ -30,6 +31,7 @@ def head_cross_entropy(
     *,
     softcap: float | None,
     kernels: TrainingKernels,
+    scratch: WeightScratch | None = None,
 ) -> Tensor:
     """Sum of the cross-entropy over labelled positions, in nats, as a float32 scalar.
 
@@ -38,6 +40,8 @@ def head_cross_entropy(
         labels_BT: label of each position (already shifted), `IGNORED_LABEL` where there is none.
         weight_VD: the output layer's; gets a gradient if it requires one, and so does `bias_V`.
         softcap: logits are c * tanh(x / c); None without.
+        scratch: memory for the logits, the same ones from call to call: as blocks of their own they were seen to take
+            another place in the heap now and then, and up to 90 MiB more. None is fresh memory.
     """
     hidden_ND, labels_N = select_labelled(hidden_BTD, labels_BT)
     kind = hidden_BTD.device.type
@@ -47,7 +51,9 @@ def head_cross_entropy(
     missing = -len(labels_N) % ROW_STEP
     hidden_ND, labels_N = F.pad(hidden_ND, (0, 0, 0, missing)), F.pad(labels_N, (0, missing), value=IGNORED_LABEL)
     with torch.autocast(kind, enabled=False):
-        return _HeadLoss.apply(hidden_ND, labels_N, weight_VD, bias_V, softcap, kernels, chunk)  # type: ignore[return-value]
+        memory = WeightScratch() if scratch is None else scratch
+        memory.reserve(chunk * weight_VD.shape[0])
+        return _HeadLoss.apply(hidden_ND, labels_N, weight_VD, bias_V, softcap, kernels, chunk, memory)  # type: ignore[return-value]
 
 
 def positions_at_once(vocab_size: int, item_bytes: int) -> int:
@@ -67,6 +73,7 @@ class _HeadLoss(torch.autograd.Function):
         softcap: float | None,
         kernels: TrainingKernels,
         chunk: int,
+        scratch: WeightScratch,
     ) -> Tensor:
         wants_hidden, _, wants_weight, wants_bias = ctx.needs_input_grad[:4]
         dtype = hidden_ND.dtype
@@ -79,7 +86,11 @@ class _HeadLoss(torch.autograd.Function):
         wants_any = wants_hidden or wants_weight or wants_bias
         for start in range(0, len(labels_N), chunk):
             hidden_CD = hidden_ND[start : start + chunk]
-            logits_CV = F.linear(hidden_CD, weight, bias)
+            logits_CV = scratch.matrix(len(hidden_CD), len(weight), dtype=dtype, device=hidden_ND.device)
+            if bias is None:
+                torch.mm(hidden_CD, weight.t(), out=logits_CV)
+            else:
+                torch.addmm(bias, hidden_CD, weight.t(), out=logits_CV)
             total += kernels.cross_entropy_(logits_CV, labels_N[start : start + chunk], softcap=softcap, grad=wants_any)
             if grad_hidden_ND is not None:
                 torch.mm(logits_CV, weight, out=grad_hidden_ND[start : start + chunk])
@@ -97,4 +108,4 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors]
         hidden, weight, bias = (scaled.pop(0) if wanted else None for wanted in ctx.wanted)
-        return hidden, None, weight, bias, None, None, None
+        return hidden, None, weight, bias, None, None, None, None

@@ -45,16 +45,42 @@ class _Part:
         return found + [value for value in own if isinstance(value, nn.Parameter) and value.requires_grad]
 
 
+class WeightScratch:
+    """Memory that groups with quantized linears rebuild their matrices in, each for one product."""
+
+    def __init__(self) -> None:
+        self._numel = 0
+        self._flat: Tensor | None = None
+
+    def reserve(self, numel: int) -> None:
+        """Make room for so many numbers when memory is first asked for."""
+        self._numel = max(self._numel, numel)
+
+    def matrix(self, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(rows, columns); what was given before is no longer valid."""
+        self.reserve(rows * columns)
+        flat = self._flat
+        if flat is None or flat.numel() < self._numel or flat.dtype != dtype or flat.device != device:
+            self._flat = flat = None
+            self._flat = flat = torch.empty(self._numel, dtype=dtype, device=device)
+        return flat[: rows * columns].view(rows, columns)
+
+
 class LinearGroup:
     """Some linears over one input.
 
     Args:
-        linears: `nn.Linear`, `LoraLinear`, or quantized linears that have `dequantized(dtype)`; frozen or not.
+        linears: `nn.Linear`, `LoraLinear`, or quantized linears that have `dequantized(dtype, out_OI=...)`; frozen or
+            not.
         dtype: what is computed in.
+        scratch: shared with other groups; None is memory of its own.
     """
 
-    def __init__(self, linears: Sequence[nn.Module], *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, linears: Sequence[nn.Module], *, dtype: torch.dtype, scratch: WeightScratch | None = None
+    ) -> None:
         self.dtype = dtype
+        self.scratch = WeightScratch() if scratch is None else scratch
         self.parts: list[_Part] = []
         outputs = ranks = 0
         for linear in linears:
@@ -94,6 +120,7 @@ class LinearGroup:
                 self._weight_EI = weight_EI
                 self._a_RI = weight_EI[self.num_outputs :]
             else:
+                self.scratch.reserve(self.width * self.num_inputs)
                 self._a_RI = torch.empty(self.num_ranks, self.num_inputs, dtype=self.dtype, device=self.device)
             self._b_OR = torch.zeros(self.num_outputs, self.num_ranks, dtype=self.dtype, device=self.device)
         self.refresh()
@@ -115,15 +142,19 @@ class LinearGroup:
                     bias_E[part.outputs].copy_(part.bias)
             self._bias_E = bias_E
 
+    @torch.no_grad()
     def _joined(self) -> Tensor:
-        """(O + R, I): the weights over all A; quantized ones are rebuilt for this one use."""
+        """(O + R, I): the weights over all A; quantized ones are rebuilt, and valid until the next group's are."""
         if self._weight_EI is not None:
             return self._weight_EI
-        parts = [
-            part.weight.to(self.dtype) if part.weight is not None else part.base.dequantized(self.dtype)  # type: ignore[operator]
-            for part in self.parts
-        ]
-        return torch.cat([*parts, self._a_RI])
+        joined_EI = self.scratch.matrix(self.width, self.num_inputs, dtype=self.dtype, device=self.device)
+        for part in self.parts:
+            if part.weight is not None:
+                joined_EI[part.outputs].copy_(part.weight)
+            else:
+                part.base.dequantized(self.dtype, out_OI=joined_EI[part.outputs])  # type: ignore[operator]
+        joined_EI[self.num_outputs :].copy_(self._a_RI)
+        return joined_EI
 
     # ---- products ---------------------------------------------------------------------------------------------------
 
@@ -138,34 +169,33 @@ class LinearGroup:
             out_NE[:, : self.num_outputs].addmm_(out_NE[:, self.num_outputs :], self._b_OR.t())
         return out_NE
 
-    def backward(
-        self, grad_NE: Tensor, x_NI: Tensor, h_NR: Tensor, *, want_input: bool = True
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients of x and of `parameters`.
+    def backward_input(self, grad_NE: Tensor) -> Tensor:
+        """Gradient of x, (N, I), from that of the outputs in the first O columns; the others are written."""
+        if self.num_ranks:
+            grad_NE[:, self.num_outputs :].copy_(grad_NE[:, : self.num_outputs] @ self._b_OR)
+        return grad_NE @ self._joined()
+
+    def backward_weights(self, grad_NE: Tensor, x_NI: Tensor, h_NR: Tensor) -> list[Tensor]:
+        """Gradients of `parameters`, float32 for adapters.
 
         Args:
-            grad_NE: (N, O + R) whose first O columns hold the outputs' gradient; the others are written.
+            grad_NE: as `backward_input` left it.
             x_NI: the input.
             h_NR: x A^T from `forward`.
-
-        Returns:
-            (N, I) or None, and one float32 gradient for each of `parameters`.
         """
         grad_NO = grad_NE[:, : self.num_outputs]
-        grad_b = grad_a = torch.empty(0)
+        grad_b_RO = grad_a_RI = torch.empty(0)
         if self.num_ranks:
-            grad_h_NR = grad_NE[:, self.num_outputs :]
-            grad_h_NR.copy_(grad_NO @ self._b_OR)
-            grad_b = grad_NO.t() @ h_NR
-            grad_a = grad_h_NR.t() @ x_NI
-        grad_x_NI = grad_NE @ self._joined() if want_input else None
+            # Few rows times many columns: the other way round takes a sixth longer.
+            grad_b_RO = h_NR.t() @ grad_NO
+            grad_a_RI = grad_NE[:, self.num_outputs :].t() @ x_NI
         grads: list[Tensor] = []
         for part in self.parts:
             if part.adapter is not None:
-                grads.append(grad_a[part.ranks].float())
-                grads.append(grad_b[part.outputs, part.ranks].float() * part.adapter.scale)
+                grads.append(grad_a_RI[part.ranks].float())
+                grads.append(grad_b_RO[part.ranks, part.outputs].t().float() * part.adapter.scale)
             for parameter in part.trained[0 if part.adapter is None else 2 :]:
                 own_NO = grad_NO[:, part.outputs]
                 grad = own_NO.t() @ x_NI if parameter.dim() == 2 else own_NO.float().sum(0)
                 grads.append(grad.to(parameter.dtype))
-        return grad_x_NI, grads
+        return grads

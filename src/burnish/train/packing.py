@@ -12,19 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from burnish.plan.training import TOKENS_AT_ONCE as TOKENS_AT_ONCE
+from burnish.plan.training import filled
 from burnish.train.batches import TrainingExample, count_labels
 from burnish.train.losses import IGNORED_LABEL
 from burnish.train.packing_plan import pack_rows
 
 # N positions, R rows
 
-WIDTH_STEP, NARROW_STEP = 128, 32
-"""Positions come in multiples, of the smaller one below the larger: oneDNN builds and keeps kernels for every new
-shape, which costs more time and memory than the filling."""
-
-TOKENS_AT_ONCE = {"cpu": 512, "cuda": 8192}
-"""Most positions of a micro-batch by default. On CPUs products of more rows leave the second-level cache: with 1,024
-rows they were seen to take twice as long per row (2 cores with AMX)."""
+# How positions are filled up, and how many there are at once by default: `plan/training.py`, which predicts with it.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +72,7 @@ def pack(rows: Sequence[TrainingExample], *, device: torch.device | str) -> Pack
         if len(tokens) > starts[-1]:
             starts.append(len(tokens))
     num_positions = len(tokens)
-    missing = -num_positions % (WIDTH_STEP if num_positions > WIDTH_STEP else NARROW_STEP)
+    missing = filled(num_positions) - num_positions
     if missing:
         tokens.extend([0] * missing)
         labels.extend([IGNORED_LABEL] * missing)

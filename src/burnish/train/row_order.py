@@ -89,23 +89,3 @@ class RowOrder:
         if self.ordering == "grouped" or (self.tokens_per_step is not None and self.ordering == "shuffled"):
             steps = [steps[number] for number in source.permutation(len(steps))]
         return steps
-
-
-def steps_from(
-    lengths: Sequence[int] | NDArray[np.integer],
-    *,
-    rows_per_step: int,
-    ordering: Ordering,
-    seed: int,
-    start_step: int = 0,
-    tokens_per_step: int | None = None,
-) -> Iterator[list[int]]:
-    """Row numbers of every step from `start_step` (counted from 0) on; see `RowOrder`."""
-    order = RowOrder(
-        lengths=np.asarray(lengths, dtype=np.int32),
-        rows_per_step=rows_per_step,
-        ordering=ordering,
-        seed=seed,
-        tokens_per_step=tokens_per_step,
-    )
-    return order.start_from(start_step)

@@ -219,7 +219,7 @@ class Run:
                 overflow = self.loss_scale.update(overflow=skipped)
             if not skipped:
                 self.update(rate)
-        self.optimizer.zero_grad(set_to_none=skipped)
+        self.optimizer.zero_grad(set_to_none=True)  # the next backward pass then writes instead of adding
         seconds = time.perf_counter() - begin
         profile = self.clock.finish_step(
             seconds=seconds,

@@ -10,10 +10,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from burnish.errors import ConfigError
 from burnish.kernels.cpu.training import TrainingKernels, available
+from burnish.train.activation_offload import activations_on_host
 from burnish.train.batches import Batch, TrainingExample, collate
 from burnish.train.config import TrainConfig
 from burnish.train.distributed import Ranks, single
@@ -25,7 +28,11 @@ from burnish.train.losses import IGNORED_LABEL, masked_cross_entropy, used_by_he
 from burnish.train.neftune import EmbeddingNoise, embedding_noise
 from burnish.train.packing import TOKENS_AT_ONCE, PackedBatch, pack, split_step
 from burnish.train.profile import StepClock
+from burnish.train.row_order import row_lengths
 from burnish.train.short_attention import ShortCausal
+
+ROWS_AT_ONCE = 1024
+"""Rows of an evaluation that are in memory together; a data set may be on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,12 @@ class StepRunner:
         self.model, self.config, self.precision = model, config, precision
         self.clock = clock or StepClock()
         self.device = parameters[0].device
+        if config.offload_activations and self.device.type != "cuda":
+            raise ConfigError(
+                "activations are offloaded from CUDA devices only",
+                got=self.device.type,
+                remedy="Use --gradient-checkpointing to save memory here.",
+            )
         self.head_names = _head_parameters(model, parameters)
         self.saved_per_position = 0.0
         self.positions = self.real_positions = self.largest_batch = 0
@@ -137,16 +150,18 @@ class StepRunner:
     def evaluate(self, examples: Sequence[TrainingExample]) -> float:
         """Mean cross-entropy per learned token over all rows, in nats, without dropout; the model's mode is kept."""
         self._fused.refresh()
-        by_length = sorted(examples, key=lambda example: len(example.tokens))
+        by_length = np.argsort(row_lengths(examples), kind="stable").tolist()
         if not self.ranks.shards_model:  # whose ranks run all passes together
-            by_length = self.ranks.split(by_length)
+            by_length = by_length[self.ranks.rank :: self.ranks.world_size]
         was_training = self.model.training
         self.model.eval()
         total, labels = 0.0, 0
         try:
-            for batch in self._batches(by_length):
-                total += float(self._loss(batch, learning=False))
-                labels += batch.num_labels
+            for start in range(0, len(by_length), ROWS_AT_ONCE):
+                rows = [examples[row] for row in by_length[start : start + ROWS_AT_ONCE]]
+                for batch in self._batches(rows):
+                    total += float(self._loss(batch, learning=False))
+                    labels += batch.num_labels
         finally:
             self.model.train(was_training)
         if not self.ranks.shards_model:
@@ -174,7 +189,7 @@ class StepRunner:
         self.largest_batch = max(self.largest_batch, positions)
         watch = saved_activations(self.model) if not self.saved_per_position else contextlib.nullcontext()
         with self.clock.mark("forward", size=positions):
-            with watch as saved:
+            with watch as saved, self._offloading():
                 loss = self._loss(batch, learning=True) / num_labels
             if saved is not None:
                 self.saved_per_position = saved.num_bytes / positions
@@ -182,6 +197,9 @@ class StepRunner:
         with self.clock.mark("backward"):
             (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
         return loss.detach()
+
+    def _offloading(self) -> contextlib.AbstractContextManager[None]:
+        return activations_on_host(self.model) if self.config.offload_activations else contextlib.nullcontext()
 
     def _loss(self, batch: PackedBatch | Batch, *, learning: bool) -> Tensor:
         """Sum of the cross-entropy over the batch's labels."""
@@ -193,8 +211,12 @@ class StepRunner:
             head = self._dense_head()
             if head is not None and self._fused.kernels is not None:
                 weight_VD, bias_V = head
-                cap = model.config.logit_softcap  # type: ignore[union-attr]
-                return head_cross_entropy(hidden, labels, weight_VD, bias_V, softcap=cap, kernels=self._fused.kernels)  # type: ignore[arg-type]
+                cap: float | None = model.config.logit_softcap  # type: ignore[union-attr, assignment]
+                fused = self._fused
+                assert fused.kernels is not None
+                return head_cross_entropy(
+                    hidden, labels, weight_VD, bias_V, softcap=cap, kernels=fused.kernels, scratch=fused.scratch
+                )
             return masked_cross_entropy(
                 hidden,
                 labels,

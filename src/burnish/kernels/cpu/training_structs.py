@@ -63,7 +63,15 @@ class AttentionPass(Structure):
     """)
 
 
-PASSES = (NormPass, GatePass, RotatePass, LossPass, AttentionPass)
+class DequantizePass(Structure):
+    _fields_ = _fields("""
+        int: format rows width block_size
+        pointer: codes levels absmax absmax_levels absmax_scale absmax_offset out
+        wide: out_stride
+    """)
+
+
+PASSES = (NormPass, GatePass, RotatePass, LossPass, AttentionPass, DequantizePass)
 """In the order in which the library tells their sizes."""
 
 PASS_FUNCTIONS = {
@@ -73,6 +81,7 @@ PASS_FUNCTIONS = {
     "gate_backward": GatePass,
     "rotate": RotatePass,
     "loss": LossPass,
+    "dequantize": DequantizePass,
     "attention_forward": AttentionPass,
     "attention_backward": AttentionPass,
 }

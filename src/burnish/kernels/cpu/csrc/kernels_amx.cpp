@@ -363,10 +363,13 @@ const Kernels* amx_kernels() {
       "amx",          amx::pack_rows,   amx::linear_with_tiles, amx::norm_row, amx::rotate,
       amx::store_key, amx::store_value, amx::attend_with_tiles,            amx::scale_row, amx::add,      amx::adapt, amx::activate_rows,
   };
-  unsigned a = 7, b = 0, c = 0, d = 0;
-  __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
-  static const bool here = tiles && avx512_bf16_kernels() != nullptr && amx::allowed();
+  // Once: under a hypervisor the question takes ten microseconds, and every call of a kernel by name comes here.
+  static const bool here = [] {
+    unsigned a = 7, b = 0, c = 0, d = 0;
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    const bool tiles = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
+    return tiles && avx512_bf16_kernels() != nullptr && amx::allowed();
+  }();
   return here ? &kernels : nullptr;
 }
 

@@ -84,6 +84,23 @@ struct AttentionPass {
   int64_t q_stride, k_stride, v_stride, out_stride, grad_out_stride, grad_q_stride, grad_k_stride, grad_v_stride;
 };
 
+// Blocks of four-bit weights go on from row to row; two share a byte, the first in the upper half. Eight bits: a scale a row.
+struct DequantizePass {
+  int32_t format;              // of `out`
+  int32_t rows, width;
+  int32_t block_size;          // weights per scale
+  const void* codes;           // uint8 [ceil(N D / 2)], or int8 [N][D]
+  const float* levels;         // [16], what four bits stand for; null: eight bits
+  const void* absmax;          // scales: float [blocks], or uint8 where there are `absmax_levels`; eight bits: float [N]
+  const float* absmax_levels;  // [256] or null
+  const float* absmax_scale;   // [ceil(blocks / kScalesPerBlock)]
+  const float* absmax_offset;  // [1]
+  void* out;
+  int64_t out_stride;
+};
+
+constexpr int kScalesPerBlock = 256;
+
 // One kv head of one sequence; forward: only the queries first .. last - 1 of it.
 struct AttentionItem {
   int32_t begin, length;  // the sequence's rows
@@ -101,6 +118,7 @@ struct TrainingKernels {
   void (*gate_backward)(const GatePass& pass, int first, int last);
   void (*rotate)(const RotatePass& pass, int first, int last);
   void (*loss)(const LossPass& pass, int first, int last);
+  void (*dequantize)(const DequantizePass& pass, int first, int last);
 
   // Bytes of scratch that an item of a sequence of `length` needs.
   size_t (*attention_scratch)(const AttentionPass& pass, int length, bool backward);

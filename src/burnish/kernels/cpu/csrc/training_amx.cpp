@@ -15,6 +15,7 @@ namespace amx {
 
 #include "training_numbers.inl"
 #include "training_rows.inl"
+#include "training_weights.inl"
 #include "training_attention.inl"
 #include "training_tile_layout.inl"
 #include "training_tiles.inl"
@@ -23,8 +24,9 @@ namespace amx {
 
 const TrainingKernels* amx_training() {
   static const TrainingKernels kernels = {
-      "amx",       amx::norm_forward, amx::norm_backward, amx::gate_forward,            amx::gate_backward,
-      amx::rotate, amx::loss,         amx::tiles_scratch, amx::attention_forward_tiles, amx::attention_backward_tiles,
+      "amx",       amx::norm_forward, amx::norm_backward, amx::gate_forward,  amx::gate_backward,
+      amx::rotate, amx::loss,         amx::dequantize,    amx::tiles_scratch, amx::attention_forward_tiles,
+      amx::attention_backward_tiles,
   };
   return &kernels;
 }

@@ -226,6 +226,13 @@ BURNISH_API int32_t burnish_loss(const char* name, const LossPass* pass, int32_t
   return over_rows(pass->rows, pass->width, threads, [&](int first, int last) { kernels->loss(*pass, first, last); });
 }
 
+BURNISH_API int32_t burnish_dequantize(const char* name, const DequantizePass* pass, int32_t threads) {
+  const TrainingKernels* kernels = training_named(name);
+  if (kernels == nullptr) return 2;
+  return over_rows(pass->rows, pass->width, threads,
+                   [&](int first, int last) { kernels->dequantize(*pass, first, last); });
+}
+
 // Attention returns 4, and does nothing, where a sequence ends before it begins.
 BURNISH_API int32_t burnish_attention_forward(const char* name, const AttentionPass* pass, int32_t threads) {
   return attend(name, pass, threads, false);
@@ -238,6 +245,6 @@ BURNISH_API int32_t burnish_attention_backward(const char* name, const Attention
 // Sizes of the structs, for the binding to compare with its own.
 BURNISH_API int64_t burnish_size_of_pass(int32_t which) {
   const size_t sizes[] = {sizeof(NormPass), sizeof(GatePass), sizeof(RotatePass), sizeof(LossPass),
-                          sizeof(AttentionPass)};
-  return which >= 0 && which < 5 ? static_cast<int64_t>(sizes[which]) : -1;
+                          sizeof(AttentionPass), sizeof(DequantizePass)};
+  return which >= 0 && which < 6 ? static_cast<int64_t>(sizes[which]) : -1;
 }

@@ -14,6 +14,7 @@ namespace avx2 {
 
 #include "training_numbers.inl"
 #include "training_rows.inl"
+#include "training_weights.inl"
 #include "training_attention.inl"
 
 }  // namespace avx2
@@ -21,7 +22,8 @@ namespace avx2 {
 const TrainingKernels* avx2_training() {
   static const TrainingKernels kernels = {
       "avx2",       avx2::norm_forward, avx2::norm_backward, avx2::gate_forward,      avx2::gate_backward,
-      avx2::rotate, avx2::loss,         avx2::lanes_scratch, avx2::attention_forward, avx2::attention_backward,
+      avx2::rotate, avx2::loss,         avx2::dequantize,    avx2::lanes_scratch,     avx2::attention_forward,
+      avx2::attention_backward,
   };
   return &kernels;
 }

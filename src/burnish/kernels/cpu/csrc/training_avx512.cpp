@@ -22,6 +22,7 @@ namespace BURNISH_ISA {
 
 #include "training_numbers.inl"
 #include "training_rows.inl"
+#include "training_weights.inl"
 #include "training_attention.inl"
 
 }  // namespace BURNISH_ISA
@@ -30,8 +31,8 @@ const TrainingKernels* BURNISH_JOIN(BURNISH_ISA, _training)() {
   static const TrainingKernels kernels = {
       BURNISH_TEXT(BURNISH_ISA),      BURNISH_ISA::norm_forward,       BURNISH_ISA::norm_backward,
       BURNISH_ISA::gate_forward,      BURNISH_ISA::gate_backward,      BURNISH_ISA::rotate,
-      BURNISH_ISA::loss,              BURNISH_ISA::lanes_scratch,      BURNISH_ISA::attention_forward,
-      BURNISH_ISA::attention_backward,
+      BURNISH_ISA::loss,              BURNISH_ISA::dequantize,         BURNISH_ISA::lanes_scratch,
+      BURNISH_ISA::attention_forward, BURNISH_ISA::attention_backward,
   };
   return &kernels;
 }

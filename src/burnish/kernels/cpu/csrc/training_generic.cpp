@@ -11,14 +11,16 @@ namespace generic {
 
 #include "training_numbers.inl"
 #include "training_rows.inl"
+#include "training_weights.inl"
 #include "training_attention.inl"
 
 }  // namespace generic
 
 const TrainingKernels* generic_training() {
   static const TrainingKernels kernels = {
-      "generic",     generic::norm_forward,  generic::norm_backward,     generic::gate_forward,      generic::gate_backward,
-      generic::rotate, generic::loss,        generic::lanes_scratch,     generic::attention_forward, generic::attention_backward,
+      "generic",       generic::norm_forward, generic::norm_backward, generic::gate_forward,  generic::gate_backward,
+      generic::rotate, generic::loss,         generic::dequantize,    generic::lanes_scratch, generic::attention_forward,
+      generic::attention_backward,
   };
   return &kernels;
 }
