@@ -12,7 +12,7 @@ from burnish.compress.config import MixedPrecision, QuantizeConfig
 from burnish.compress.gptq_format import save_quantized
 from burnish.compress.loading import load_model
 from burnish.compress.quantize import LayerError, QuantizeResult, quantize_model
-from burnish.errors import ConfigError, DataError
+from burnish.errors import BurnishError, ConfigError, DataError
 from burnish.measure.compare import GateLimits, compare_models
 from burnish.measure.json_values import to_plain
 from burnish.measure.memory import MemoryMeter
@@ -128,7 +128,14 @@ def quantize(
         def on_unit(count: int, units: int) -> None:
             progress("Measuring what each layer costs", count, units)
 
-        result = quantize_model(child, tokens, config, mixed=mixed, on_layer=on_layer, on_unit=on_unit, partial=partial)
+        try:
+            result = quantize_model(
+                child, tokens, config, mixed=mixed, on_layer=on_layer, on_unit=on_unit, partial=partial
+            )
+        except BurnishError:
+            if not partial.finished:  # nothing to go on from
+                partial.clear()
+            raise
         save_quantized(child, folder, source=parent.folder, config=result.config, widths=result.widths)
         limits = _limits(limits, result, max_kl, min_agreement)
         del child
