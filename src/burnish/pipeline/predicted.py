@@ -11,7 +11,6 @@ from burnish.compress.config import QuantizeConfig
 from burnish.models.decoder import Decoder
 from burnish.plan.options import PlanOptions
 from burnish.plan.predict import predict_stage
-from burnish.plan.training import TOKENS_AT_ONCE
 from burnish.train.batches import TrainingExample
 from burnish.train.config import TrainConfig
 from burnish.train.fitting import MicroBatches, Rows
@@ -74,7 +73,7 @@ def rows_of_run(examples: Sequence[TrainingExample], config: TrainConfig) -> Row
 
 def batches_of(rows: Rows, config: TrainConfig, *, device: str, only: Sequence[int] | None = None) -> MicroBatches:
     """The micro-batches that a run's settings make of its rows, or of the step that consists of `only`."""
-    most = (config.micro_batch_tokens or TOKENS_AT_ONCE[device]) if config.packing else None
+    most = config.tokens_at_once(device)
     if only is not None:
         return rows.count([list(only)], max_rows=config.micro_batch_size, max_tokens=most)
     return rows.micro_batches(max_rows=config.micro_batch_size, max_tokens=most)

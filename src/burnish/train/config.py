@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from burnish.errors import ConfigError
+from burnish.plan.training import TOKENS_AT_ONCE
 from burnish.train.row_order import ORDERINGS, Ordering
 from burnish.train.schedule import SCHEDULES, ScheduleName
 
@@ -26,7 +27,7 @@ class TrainConfig:
         steps: optimizer steps. Give this or `epochs`; with neither, one epoch.
         epochs: passes over the data, fractions allowed.
         micro_batch_size: rows per forward pass.
-        micro_batch_tokens: tokens per forward pass at most (a longer row goes alone); None is `packing.TOKENS_AT_ONCE`.
+        micro_batch_tokens: tokens per forward pass at most (a longer row goes alone); None: see `tokens_at_once`.
         packing: rows of a forward pass lie end to end instead of being padded to the longest; the losses are the same.
         gradient_accumulation: micro-batches per optimizer step.
         tokens_per_step: instead of a number of rows: as many rows in each step as fit into so many tokens, without
@@ -180,3 +181,9 @@ class TrainConfig:
     def rows_per_step(self) -> int:
         """Rows of one optimizer step."""
         return self.micro_batch_size * self.gradient_accumulation
+
+    def tokens_at_once(self, device: str) -> int | None:
+        """Most positions of a packed micro-batch on a kind of device ("cpu", "cuda"); None without packing."""
+        if not self.packing:
+            return None
+        return self.micro_batch_tokens or TOKENS_AT_ONCE.get(device, TOKENS_AT_ONCE["cuda"])

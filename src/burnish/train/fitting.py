@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from burnish.errors import CapacityError
-from burnish.plan.training import PADDED_STEP, TOKENS_AT_ONCE, filled
+from burnish.plan.training import PADDED_STEP, filled
 from burnish.train.batches import TrainingExample, count_labels
 from burnish.train.config import TrainConfig
-from burnish.train.packing_plan import pack_rows
+from burnish.train.packing_plan import cut_step
 from burnish.train.row_order import RowOrder
 
 CAPS = {"cpu": (512, 384, 256, 128, 96, 64, 32), "cuda": (8192, 6144, 4096, 3072, 2048, 1024, 512, 256)}
@@ -147,7 +147,7 @@ class Rows:
         sizes, labels, tokens = [], 0, 0
         for step in steps:
             tokens += sum(int(self.lengths[row]) for row in step)
-            for part in _cuts([int(self.lengths[row]) - 1 for row in step], max_rows, max_tokens):
+            for part in cut_step([int(self.lengths[row]) - 1 for row in step], max_rows, max_tokens):
                 lengths = [int(self.lengths[step[place]]) - 1 for place in part]
                 wide = len(lengths) * -(-max(lengths) // PADDED_STEP) * PADDED_STEP
                 sizes.append(wide if max_tokens is None else filled(sum(lengths)))
@@ -234,16 +234,10 @@ def choose(
 
 def in_words(config: TrainConfig, *, precision: str, device: str) -> str:
     """How a run's settings cut a step up."""
-    most = (config.micro_batch_tokens or TOKENS_AT_ONCE[device]) if config.packing else None
+    most = config.tokens_at_once(device)
     every = config.checkpoint_every if config.gradient_checkpointing else 0
     size = config.micro_batch_size
     return str(Setting(precision=precision, micro_batch_size=size, micro_batch_tokens=most, checkpoint_every=every))
-
-
-def _cuts(lengths: list[int], max_rows: int, max_tokens: int | None) -> list[list[int]]:
-    """Places of a step's rows in each micro-batch, as `step.py` cuts them."""
-    groups = [list(range(len(lengths)))] if max_tokens is None else pack_rows(lengths, max_tokens)
-    return [group[start : start + max_rows] for group in groups for start in range(0, len(group), max_rows)]
 
 
 def _mib(size: int) -> str:

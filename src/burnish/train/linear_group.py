@@ -131,8 +131,7 @@ class LinearGroup:
         for part in self.parts:
             if part.adapter is not None:
                 self._a_RI[part.ranks].copy_(part.adapter.lora_A)
-                torch.mul(part.adapter.lora_B, part.adapter.scale, out=(block := torch.empty_like(part.adapter.lora_B)))
-                self._b_OR[part.outputs, part.ranks].copy_(block)
+                self._b_OR[part.outputs, part.ranks].copy_(part.adapter.lora_B * part.adapter.scale)
             if self._weight_EI is not None and part.weight is not None and part.weight.requires_grad:
                 self._weight_EI[part.outputs].copy_(part.weight)
         if any(part.bias is not None for part in self.parts):

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from burnish.plan.training import TOKENS_AT_ONCE as TOKENS_AT_ONCE
 from burnish.plan.training import filled
 from burnish.train.batches import TrainingExample, count_labels
 from burnish.train.losses import IGNORED_LABEL
-from burnish.train.packing_plan import pack_rows
+from burnish.train.packing_plan import cut_step
 
 # N positions, R rows
 
@@ -95,9 +94,5 @@ def split_step(rows: Sequence[TrainingExample], *, max_rows: int, max_tokens: in
     Which rows stand together changes nothing but the order in which gradients are summed. A row longer than
     `max_tokens` is a micro-batch of its own.
     """
-    groups = pack_rows([len(row.tokens) - 1 for row in rows], max_tokens)
-    return [
-        [rows[number] for number in group[start : start + max_rows]]
-        for group in groups
-        for start in range(0, len(group), max_rows)
-    ]
+    parts = cut_step([len(row.tokens) - 1 for row in rows], max_rows, max_tokens)
+    return [[rows[number] for number in part] for part in parts]

@@ -52,6 +52,18 @@ def pack_rows(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> 
     return groups
 
 
+def cut_step(lengths: Sequence[int] | NDArray[np.integer], max_rows: int, max_tokens: int | None) -> list[list[int]]:
+    """Places of a step's rows in each of its micro-batches.
+
+    Args:
+        lengths: positions of each row.
+        max_rows: most rows of a micro-batch.
+        max_tokens: most positions of one, see `pack_rows`; None cuts by rows alone, in order.
+    """
+    groups = [list(range(len(lengths)))] if max_tokens is None else pack_rows(lengths, max_tokens)
+    return [group[start : start + max_rows] for group in groups for start in range(0, len(group), max_rows)]
+
+
 def pack_in_order(lengths: Sequence[int] | NDArray[np.integer], max_tokens: int) -> list[list[int]]:
     """Groups of neighbouring rows of at most `max_tokens` tokens together; a longer row stands alone."""
     groups: list[list[int]] = []

@@ -17,7 +17,7 @@ from torch import nn
 from burnish.train.batches import TrainingExample
 from burnish.train.config import TrainConfig
 from burnish.train.freezing import trainable_parameters
-from burnish.train.packing import TOKENS_AT_ONCE, split_step
+from burnish.train.packing import split_step
 from burnish.train.precision import frozen_in_bfloat16, frozen_linears_in_float16, resolve_precision
 from burnish.train.run import Meter
 from burnish.train.step import StepRunner
@@ -103,8 +103,8 @@ def probe(
 def _first_micro_batches(
     rows: Sequence[TrainingExample], config: TrainConfig, device: torch.device
 ) -> list[TrainingExample]:
-    if not config.packing:
+    most = config.tokens_at_once(device.type)
+    if most is None:
         return list(rows[: MOST_MICRO_BATCHES * config.micro_batch_size])
-    most = config.micro_batch_tokens or TOKENS_AT_ONCE.get(device.type, TOKENS_AT_ONCE["cuda"])
     parts = split_step(rows, max_rows=config.micro_batch_size, max_tokens=most)
     return [row for part in parts[:MOST_MICRO_BATCHES] for row in part]

@@ -26,7 +26,7 @@ from burnish.train.head_loss import head_cross_entropy
 from burnish.train.loss_scaling import LossScale
 from burnish.train.losses import IGNORED_LABEL, masked_cross_entropy, used_by_head
 from burnish.train.neftune import EmbeddingNoise, embedding_noise
-from burnish.train.packing import TOKENS_AT_ONCE, PackedBatch, pack, split_step
+from burnish.train.packing import PackedBatch, pack, split_step
 from burnish.train.profile import StepClock
 from burnish.train.row_order import row_lengths
 from burnish.train.short_attention import ShortCausal
@@ -171,8 +171,8 @@ class StepRunner:
 
     def _batches(self, rows: Sequence[TrainingExample]) -> Iterator[PackedBatch | Batch]:
         config = self.config
-        if config.packing:
-            most = config.micro_batch_tokens or TOKENS_AT_ONCE.get(self.device.type, TOKENS_AT_ONCE["cuda"])
+        most = config.tokens_at_once(self.device.type)
+        if most is not None:
             for part in split_step(rows, max_rows=config.micro_batch_size, max_tokens=most):
                 yield pack(part, device=self.device)
             return
