@@ -15,3 +15,7 @@ class Progress(Protocol):
 
 def silent(label: str, done: int, total: int, note: str = "") -> None:
     """Watch nothing."""
+
+
+def tell_nobody(text: str) -> None:
+    """Keep what people should know to oneself: the default of stages that are called from Python."""

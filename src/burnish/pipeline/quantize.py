@@ -23,8 +23,8 @@ from burnish.pipeline.gates import QUANTIZE_LIMITS, GateResult, gate_error, judg
 from burnish.pipeline.manifest import write_manifest
 from burnish.pipeline.opening import Opened, Source, check_output, data_of, open_decoder
 from burnish.pipeline.predicted import predicted_quantize_peak
-from burnish.pipeline.progress import Progress, silent
-from burnish.pipeline.unfinished_quantization import check_resume, is_unfinished, open_partial, quiet
+from burnish.pipeline.progress import Progress, silent, tell_nobody
+from burnish.pipeline.unfinished_quantization import check_resume, is_unfinished, open_partial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def quantize(
     resume: str = "auto",
     overwrite: bool = False,
     progress: Progress = silent,
-    notify: Callable[[str], None] = quiet,
+    notify: Callable[[str], None] = tell_nobody,
 ) -> QuantizeRecord:
     """Quantize a model's linears, write the folder, and compare what is read back with the parent.
 

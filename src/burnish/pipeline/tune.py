@@ -20,7 +20,7 @@ from burnish.pipeline.examples import DataConfig
 from burnish.pipeline.manifest import write_manifest
 from burnish.pipeline.opening import Opened, Source, check_output, open_decoder, read_without_weights
 from burnish.pipeline.predicted import predicted_training, rows_of_run
-from burnish.pipeline.progress import Progress, silent
+from burnish.pipeline.progress import Progress, silent, tell_nobody
 from burnish.pipeline.resuming import (
     ResumeConfig,
     is_unfinished,
@@ -112,10 +112,6 @@ def _folder_to_forget() -> Path:
     return folder
 
 
-def _keep_quiet(text: str) -> None:
-    """Tell nobody."""
-
-
 def tune(
     model: str,
     *,
@@ -133,7 +129,7 @@ def tune(
     tracker: Tracker | None = None,
     profile: bool = False,
     progress: Progress = silent,
-    notify: Callable[[str], None] = _keep_quiet,
+    notify: Callable[[str], None] = tell_nobody,
     ranks: Ranks | None = None,
 ) -> TuneRecord:
     """Tune a model and write the adapter, or with method "full" the whole model, to `out`.

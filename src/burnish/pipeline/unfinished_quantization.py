@@ -22,10 +22,6 @@ PARTIAL = ".partial"
 RESUME = ("auto", "never")
 
 
-def quiet(_: str) -> None:
-    """Tell nobody."""
-
-
 def check_resume(resume: str) -> None:
     """Refuse what is neither "auto" nor "never".
 
