@@ -82,7 +82,8 @@ def test_stopped_twice_every_bit_is_as_without(folder: CheckpointFolder, options
     last = tiny_train(checkpoints=folder, resume=folder.newest(), **options)
     assert fingerprint(last) == fingerprint(whole)
     assert [run.resumed_from for run in (whole, first, second, last)] == [None, None, 4, 7]
-    assert last.seconds > second.seconds > first.seconds > 0
+    # A resumed run's wall time holds that of the steps before it.
+    assert all(run.seconds >= sum(step.seconds for step in run.steps) > 0 for run in (whole, first, second, last))
     assert last.steps[:7] == second.steps
 
 
