@@ -3,7 +3,8 @@
     python benchmarks/w5_copying.py MODEL --quantize int8
 
 One request at a time, the bundled task's test questions, with and without speculation in turn; the rate is tokens after
-the first per second after the first. Two figures:
+the first per second after the first. Every run asks other questions: what was answered before is remembered (see
+`--earlier`), and the same question again would be no guess. Figures:
 
     real      the bundled model tuned on the task (see tuned.py), which writes the answers itself. Greedy answers have
               to be the same. It is small: what a step costs outside the model weighs more than it would elsewhere.
@@ -41,8 +42,8 @@ from burnish.pipeline.evaluate import row_prompt_tokens
 
 MAX_ANSWER = 96
 MAX_MODEL_LEN = 512
-WARM_UP = 4
 STATES = ("off", "ngram")
+WARM_UP = 4
 
 
 class ScriptedBackend:
@@ -68,7 +69,8 @@ def main() -> int:
     parser = arguments(__doc__, model=False, runs=2)
     parser.add_argument("model", nargs="?", help="folder of the model that follows the script")
     parser.add_argument("--tuned", type=Path, default=DEFAULT, help="folder of the tuned model; made when absent")
-    parser.add_argument("--questions", type=int, default=40)
+    parser.add_argument("--questions", type=int, default=40, help="asked in each run")
+    parser.add_argument("--earlier", type=int, default=200, help="other questions that were answered before")
     parser.add_argument("--rows", help="file of questions with schemas and answers, for the figure of that name")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer that spells them")
     flags = parser.parse_args()
@@ -77,7 +79,8 @@ def main() -> int:
     if not speculates():
         raise SystemExit("this burnish has no speculation")
     prompts, answers, real = measure_real(flags)
-    record: dict[str, Any] = {"work": "w5", "threads": flags.threads, "questions": flags.questions, "real": real}
+    record: dict[str, Any] = {"work": "w5", "threads": flags.threads, "real": real}
+    record |= {"questions": flags.questions, "earlier": flags.earlier}
     rows = [["figure", "off, tokens/s", "on, tokens/s", "ratio", "tokens per step", "guesses that came true"]]
     rows.append(_row("real", real))
     if flags.model:
@@ -87,7 +90,9 @@ def main() -> int:
         record |= {"rows": {"source": Path(flags.rows).name, **measure_scripted(flags, *expected_texts(flags))}}
         rows.append(_row("rows", record["rows"]))
     longest = max(map(len, prompts))
-    note = f"{real['same_answers']} of {len(prompts)} real answers the same; prompts up to {longest} tokens"
+    count = flags.runs * flags.questions
+    note = f"{real['same_answers']} of {count} real answers the same; {flags.earlier} questions were answered before; "
+    note += f"prompts up to {longest} tokens"
     tell(flags, record, f"{table(rows)}\n\n{note}")
     return 0
 
@@ -96,7 +101,7 @@ def measure_real(flags: argparse.Namespace) -> tuple[list[list[int]], list[list[
     """The questions, the tuned model's answers to them (token ids both), and its figures."""
     folder = tuned_model(flags.tuned, threads=flags.threads)
     tokenizer = Tokenizer.load(folder)
-    rows = read_rows(f"text-to-sql:test:{flags.questions}", seed=0)
+    rows = read_rows(f"text-to-sql:test:{_asked(flags)}", seed=0)
     template = pick_template("chat", tokenizer, rows)
     prompts = [row_prompt_tokens(row, tokenizer, template) for row in rows.rows]
     engines = {state: _engine(flags, str(folder), state, dtype="auto", quantize="none") for state in STATES}
@@ -108,18 +113,19 @@ def measure_real(flags: argparse.Namespace) -> tuple[list[list[int]], list[list[
         answers.setdefault(state, [[] for _ in prompts])[number] = list(output.token_ids)
         return output
 
-    figures = _in_turn(flags, engines, answer, len(prompts))
-    same = sum(a == b for a, b in zip(answers["off"], answers["ngram"]))
+    figures = _in_turn(flags, engines, answer)
+    same = sum(a == b for a, b in zip(answers["off"][flags.earlier :], answers["ngram"][flags.earlier :]))
     stats = engines["off"].stats()
     named = {"model": "burnish-sql-base, tuned", "dtype": stats.dtype, "backend": stats.backend}
-    return prompts, answers["off"], {**named, **figures, "same_answers": same}
+    written = answers["ngram"][: flags.earlier] + answers["off"][flags.earlier :]
+    return prompts, written, {**named, **figures, "same_answers": same}
 
 
 def expected_texts(flags: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and expected answers of the rows, as token ids."""
     tokenizer = Tokenizer.load(flags.tokenizer)
     prompts, answers = [], []
-    for row in read_rows(flags.rows, limit=flags.questions).rows:
+    for row in read_rows(flags.rows, limit=_asked(flags)).rows:
         # Encoded as one text and cut, so that the edge is spelled as it would be when the model goes on.
         question = f"{row.context}\n\nQuestion: {row.instruction}\nSQL:"
         prompt = tokenizer.encode_prompt(question)
@@ -144,7 +150,7 @@ def measure_scripted(flags: argparse.Namespace, prompts: list[list[int]], answer
         assert list(output.token_ids) == answers[number]
         return output
 
-    figures = _in_turn(flags, engines, answer, len(prompts))
+    figures = _in_turn(flags, engines, answer)
     return {**record_of("w5", flags, engines["off"].stats()), **figures}
 
 
@@ -161,18 +167,25 @@ def _engine(flags: argparse.Namespace, model: str, state: str, *, dtype: str, qu
     )
 
 
-def _in_turn(flags: argparse.Namespace, engines: dict[str, NativeEngine], answer: Any, count: int) -> dict[str, Any]:
-    """Every question with each engine, one engine after the other; a few unmeasured ones first."""
-    for number in range(min(WARM_UP, count)):
-        for state in engines:
-            answer(state, number)
+def _asked(flags: argparse.Namespace) -> int:
+    """Questions needed in all."""
+    return flags.earlier + flags.runs * flags.questions
+
+
+def _in_turn(flags: argparse.Namespace, engines: dict[str, NativeEngine], answer: Any) -> dict[str, Any]:
+    """Every question with each engine, one engine after the other; the earlier ones unmeasured and before."""
+    for number in range(flags.earlier):
+        answer("ngram", number)
+    for number in range(min(WARM_UP, flags.earlier)):
+        answer("off", number)
     before = engines["ngram"].stats()
     tokens = dict.fromkeys(engines, 0)
     seconds = dict.fromkeys(engines, 0.0)
     ratios = []
-    for _ in range(flags.runs):
+    for run in range(flags.runs):
         spent = dict.fromkeys(engines, 0.0)
-        for number in range(count):
+        begin = flags.earlier + run * flags.questions
+        for number in range(begin, begin + flags.questions):
             for state in engines:
                 output = answer(state, number)
                 tokens[state] += output.metrics.output_tokens - 1
@@ -182,7 +195,7 @@ def _in_turn(flags: argparse.Namespace, engines: dict[str, NativeEngine], answer
             seconds[state] += spent[state]
     after = engines["ngram"].stats()
     # The steps of prompts give one token each, and none of them is counted.
-    steps = after.steps - before.steps - flags.runs * count
+    steps = after.steps - before.steps - flags.runs * flags.questions
     return {
         "rate_off": round(tokens["off"] / seconds["off"], 2),
         "rate_on": round(tokens["ngram"] / seconds["ngram"], 2),

@@ -69,7 +69,7 @@ def test_copies_are_drafted_and_save_time(make_sequence: MakeSequence) -> None:
 def test_text_without_copies_is_not_drafted(make_sequence: MakeSequence) -> None:
     run = Run(NgramDrafter(), memory_bound)
     run.whole(make_sequence(noise(1, 200), max_tokens=400), noise(2, 300))
-    assert sum(run.lengths) == 0
+    assert sum(run.lengths) < 0.1 * len(run.lengths)
 
 
 def test_copies_that_do_not_come_true_are_given_up(make_sequence: MakeSequence) -> None:
@@ -145,11 +145,39 @@ def test_many_sequences_are_drafted_for_when_asked_only(make_sequence: MakeSeque
         assert any(sequence.drafts for sequence in sequences) == drafts
 
 
+def test_what_answers_share_is_guessed_once_some_were_seen(make_sequence: MakeSequence) -> None:
+    phrase = noise(7, 20)
+    steps = []
+    run = Run(NgramDrafter(), memory_bound)
+    for number in range(30):
+        # Nothing of the answer stands in the prompt; every fifth token is its own.
+        own = noise(100 + number, 8)
+        answer = [token for place in range(4) for token in (*phrase[5 * place : 5 * place + 4], own[place])]
+        before = len(run.lengths)
+        run.whole(make_sequence(noise(200 + number, 50), max_tokens=21), [*answer, *answer[:9]])
+        steps.append(len(run.lengths) - before)
+    assert steps[0] > 18
+    assert max(steps[-5:]) <= 8
+
+
+def test_sequences_that_share_no_blocks_share_no_memory(make_sequence: MakeSequence) -> None:
+    drafter = NgramDrafter()
+    answer = noise(7, 30)
+    for salt, guessed in (((1, 0), False), ((2, 0), False), ((1, 0), True)):
+        sequence = make_sequence(noise(sum(salt), 40), max_tokens=60)
+        sequence.cache_salt = salt
+        sequence.token_ids += answer[:10]
+        drafter.draft([sequence])
+        assert bool(sequence.drafts) == guessed
+        sequence.token_ids += answer[10:]
+        drafter.draft([sequence])
+
+
 def test_a_sequence_that_is_gone_is_forgotten(make_sequence: MakeSequence) -> None:
     drafter = NgramDrafter()
     for _ in range(3):
         drafter.draft([make_sequence([1, 2, 3, 1, 2])])
-    assert len(drafter._copying) <= 1
+    assert len(drafter._following) <= 1
 
 
 @pytest.mark.parametrize(("speculation", "kv_cache", "made"), [("off", True, False), ("auto", False, False)])
