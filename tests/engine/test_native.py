@@ -470,4 +470,4 @@ def test_real_story_equals_its_readme(shared_data: Path) -> None:
     assert ("Once upon a time" + output.text).startswith(story)
     pieces = [event.text for event in engine.stream("Once upon a time", SamplingParams(max_tokens=100))]
     assert "".join(pieces) == output.text
-    assert len(pieces) > 50
+    assert len(pieces) > 20

@@ -160,12 +160,12 @@ def test_what_answers_share_is_guessed_once_some_were_seen(make_sequence: MakeSe
     assert max(steps[-5:]) <= 8
 
 
-def test_sequences_that_share_no_blocks_share_no_memory(make_sequence: MakeSequence) -> None:
+def test_each_adapter_has_a_memory_of_its_own(make_sequence: MakeSequence) -> None:
     drafter = NgramDrafter()
     answer = noise(7, 30)
-    for salt, guessed in (((1, 0), False), ((2, 0), False), ((1, 0), True)):
-        sequence = make_sequence(noise(sum(salt), 40), max_tokens=60)
-        sequence.cache_salt = salt
+    for adapter, guessed in ((1, False), (2, False), (1, True)):
+        sequence = make_sequence(noise(adapter, 40), max_tokens=60)
+        sequence.adapter_number = adapter
         sequence.token_ids += answer[:10]
         drafter.draft([sequence])
         assert bool(sequence.drafts) == guessed

@@ -98,6 +98,7 @@ def test_prompts_are_seeded_and_within_the_vocabulary() -> None:
     prompts = workload.prompts(10)
     assert prompts == workload.prompts(10)
     assert prompts != replace(workload, seed=1).prompts(10)
+    assert prompts != workload.prompts(10, turn=1) == workload.prompts(10, turn=1)
     assert {len(prompt) for prompt in prompts} == {20}
     assert set().union(*prompts) <= set(range(10))
     assert len(prompts) == workload.requests == 4
@@ -125,6 +126,12 @@ def test_requests_go_out_as_many_at_a_time_as_asked() -> None:
     )
     assert sizes == [3, 3, 1] * 3
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_no_pass_finds_its_prompts_in_the_cache() -> None:
+    measured = engine()
+    run_bench(measured, Workload(input_tokens=40, output_tokens=4, concurrency=4), repeats=3, warmup=1)
+    assert measured.stats().prefix_hit_tokens == 0
 
 
 def test_an_answer_of_the_wrong_length_is_an_error() -> None:
@@ -155,7 +162,8 @@ def test_two_engines_run_in_turn_on_the_same_prompts() -> None:
     first.label, second.label = "a", "b"  # type: ignore[attr-defined]
     found = run_versus(first, second, Workload(input_tokens=4, output_tokens=3), repeats=2, warmup=1)
     assert [label for label, _ in turns] == ["a", "b"] * 3
-    assert all(prompts == turns[0][1] for _, prompts in turns)
+    assert all(one[1] == other[1] for one, other in zip(turns[::2], turns[1::2]))
+    assert len({str(prompts) for _, prompts in turns}) == 3
     pairs = [a.wall_s / b.wall_s for a, b in zip(found.first.runs, found.second.runs)]
     assert found.ratio["wall_s"] == pytest.approx(sum(pairs) / 2)
     assert found.ratio_spread["wall_s"] == (min(pairs), max(pairs))

@@ -34,7 +34,7 @@ _PRIOR_SHARES = _COPY_SHARES + _MEMORY_SHARES * ORDERS
 # How much an estimate counts against what is seen next, and what is kept of the past with every guess.
 _PRIOR_WEIGHT, _LOCAL_WEIGHT = 8.0, 4.0
 _KEPT, _LOCAL_KEPT = 0.99, 0.95
-# Kinds of requests that share no memory: more are forgotten, the oldest first.
+# Adapters with a memory of their own: of more, the one asked longest ago is forgotten.
 _MEMORIES = 8
 
 _Guess = tuple[int, int]  # a token, and the kind of evidence for it: a place in _PRIOR_SHARES
@@ -122,8 +122,8 @@ class NgramDrafter:
         self.costs = StepCosts()
         self._accepted = AcceptanceShare(shares=_PRIOR_SHARES, weight=_PRIOR_WEIGHT, kept=_KEPT)
         self._following: WeakKeyDictionary[Sequence, _Following] = WeakKeyDictionary()
-        # Requests that may not share blocks of the cache share no memory either.
-        self._memories: dict[tuple[int, ...], AnswerMemory] = {}
+        # By adapter: each has its own way of answering.
+        self._memories: dict[int, AnswerMemory] = {}
         self._wait = _FIRST_WAIT
         self._waited = 0
 
@@ -149,7 +149,7 @@ class NgramDrafter:
     def _guess(self, sequence: Sequence) -> tuple[list[int], list[float]]:
         following = self._following.get(sequence)
         if following is None:
-            memory = self._memory(sequence.cache_salt)
+            memory = self._memory(sequence.adapter_number)
             following = self._following[sequence] = _Following(sequence.prompt_ids, self._accepted.shares(), memory)
         for token_id in sequence.token_ids[len(following.answer) :]:
             for guessed, evidence in following.guesses():
@@ -159,13 +159,13 @@ class NgramDrafter:
         room = sequence.max_tokens - len(sequence.token_ids) - 1
         return following.draft(max(0, min(self.max_draft, room)))
 
-    def _memory(self, cache_salt: tuple[int, ...]) -> AnswerMemory:
-        memory = self._memories.pop(cache_salt, None)
+    def _memory(self, adapter_number: int) -> AnswerMemory:
+        memory = self._memories.pop(adapter_number, None)
         if memory is None:
             memory = AnswerMemory()
             if len(self._memories) >= _MEMORIES:
                 del self._memories[next(iter(self._memories))]
-        self._memories[cache_salt] = memory  # the latest last
+        self._memories[adapter_number] = memory  # the latest last
         return memory
 
     def _worthwhile(self, num_sequences: int, chances: list[float]) -> int:

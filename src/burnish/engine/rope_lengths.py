@@ -42,6 +42,12 @@ class RopeLengths:
         self._salt(sequence)
         return True
 
+    def room(self, sequence: Sequence) -> int | None:
+        """How many tokens more may be computed before everything is rotated anew; None for any number."""
+        if self.limit is None or not self.switches or sequence.rope_len > self.limit:
+            return None
+        return self.limit - sequence.num_tokens
+
     def _salt(self, sequence: Sequence) -> None:
         bucket = 0 if self.limit is None else max(sequence.rope_len, self.limit)
         sequence.cache_salt = (sequence.adapter_number, bucket)

@@ -225,6 +225,8 @@ class Scheduler:
                 continue
             others = len(decoding) - place - 1
             room = min(budget - 1 - others, sequence.max_tokens - len(sequence.token_ids) - 1)
+            before_switch = self.rope.room(sequence)
+            room = room if before_switch is None else min(room, before_switch)
             drafts = tuple(sequence.drafts[: max(0, room)])
             if drafts and not self._reserve_drafts(blocks, sequence, len(drafts), others):
                 drafts = ()

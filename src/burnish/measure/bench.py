@@ -51,9 +51,9 @@ class Workload:
         """How many requests one repeat sends."""
         return self.concurrency if self.num_requests is None else self.num_requests
 
-    def prompts(self, vocab_size: int) -> list[list[int]]:
-        """Seeded prompts; every one begins differently, so that no prefix cache can help."""
-        draw = random.Random(self.seed)
+    def prompts(self, vocab_size: int, *, turn: int = 0) -> list[list[int]]:
+        """Seeded prompts, others on every pass: neither a prefix cache nor a memory of answers can help."""
+        draw = random.Random(f"{self.seed}, pass {turn}")
         return [[draw.randrange(vocab_size) for _ in range(self.input_tokens)] for _ in range(self.requests)]
 
 
@@ -184,7 +184,7 @@ def run_bench(
 
 
 class _Session:
-    """A workload bound to an engine: the same prompts on every pass."""
+    """A workload bound to an engine: new prompts on every pass, the same for every session of the workload."""
 
     def __init__(self, engine: BenchableEngine, workload: Workload, *, vocab_size: int | None) -> None:
         longest = engine.stats().max_model_len
@@ -198,23 +198,26 @@ class _Session:
             )
         self.engine = engine
         self.workload = workload
-        self.prompts = workload.prompts(vocab_size or _vocab_size(engine))
+        self._vocab_size = vocab_size or _vocab_size(engine)
+        self._turn = 0
         self.params = SamplingParams(max_tokens=workload.output_tokens, temperature=0.0, ignore_eos=True)
 
     def run_once(self) -> Repeat:
         """Send all prompts, `concurrency` at a time, and check that every token asked for came back."""
+        prompts = self.workload.prompts(self._vocab_size, turn=self._turn)
+        self._turn += 1
         outputs: list[RequestOutput] = []
         step = self.workload.concurrency
         started = time.perf_counter()
-        for begin in range(0, len(self.prompts), step):
-            outputs.extend(self.engine.generate(self.prompts[begin : begin + step], self.params))
+        for begin in range(0, len(prompts), step):
+            outputs.extend(self.engine.generate(prompts[begin : begin + step], self.params))
         wall_s = time.perf_counter() - started
         lengths = {output.metrics.output_tokens for output in outputs}
-        if len(outputs) != len(self.prompts) or lengths != {self.workload.output_tokens}:
+        if len(outputs) != len(prompts) or lengths != {self.workload.output_tokens}:
             raise BurnishError(
                 "the engine did not answer the workload in full",
                 got=f"{len(outputs)} answers of {sorted(lengths)} tokens",
-                expected=f"{len(self.prompts)} answers of {self.workload.output_tokens} tokens",
+                expected=f"{len(prompts)} answers of {self.workload.output_tokens} tokens",
             )
         metrics = [output.metrics for output in outputs]
         return Repeat(
