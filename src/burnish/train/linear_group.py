@@ -131,7 +131,7 @@ class LinearGroup:
         for part in self.parts:
             if part.adapter is not None:
                 self._a_RI[part.ranks].copy_(part.adapter.lora_A)
-                self._b_OR[part.outputs, part.ranks].copy_(part.adapter.lora_B * part.adapter.scale)
+                torch.mul(part.adapter.lora_B, part.adapter.scale, out=self._b_OR[part.outputs, part.ranks])
             if self._weight_EI is not None and part.weight is not None and part.weight.requires_grad:
                 self._weight_EI[part.outputs].copy_(part.weight)
         if any(part.bias is not None for part in self.parts):
@@ -171,7 +171,7 @@ class LinearGroup:
     def backward_input(self, grad_NE: Tensor) -> Tensor:
         """Gradient of x, (N, I), from that of the outputs in the first O columns; the others are written."""
         if self.num_ranks:
-            grad_NE[:, self.num_outputs :].copy_(grad_NE[:, : self.num_outputs] @ self._b_OR)
+            torch.mm(grad_NE[:, : self.num_outputs], self._b_OR, out=grad_NE[:, self.num_outputs :])
         return grad_NE @ self._joined()
 
     def backward_weights(self, grad_NE: Tensor, x_NI: Tensor, h_NR: Tensor) -> list[Tensor]:
@@ -192,7 +192,9 @@ class LinearGroup:
         for part in self.parts:
             if part.adapter is not None:
                 grads.append(grad_a_RI[part.ranks].float())
-                grads.append(grad_b_RO[part.ranks, part.outputs].t().float() * part.adapter.scale)
+                # Written as autograd keeps it, or it would be copied once more.
+                grad_b_OR = torch.empty_like(part.adapter.lora_B)
+                grads.append(grad_b_OR.copy_(grad_b_RO[part.ranks, part.outputs].t()).mul_(part.adapter.scale))
             for parameter in part.trained[0 if part.adapter is None else 2 :]:
                 own_NO = grad_NO[:, part.outputs]
                 grad = own_NO.t() @ x_NI if parameter.dim() == 2 else own_NO.float().sum(0)
