@@ -127,6 +127,8 @@ class Ranks:
         """Scale all gradients by limit / norm where the norm is larger, in place."""
         grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        if norm.device.type == "cpu" and factor == 1:
+            return  # Reading the factor costs nothing there; on a card the host would wait.
         torch._foreach_mul_(grads, factor.to(grads[0].device))  # type: ignore[reportPrivateImportUsage]
 
     def full(self, tensor: Tensor) -> Tensor | None:
