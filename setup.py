@@ -33,7 +33,18 @@ X86 = [
     ("training_avx512", "training_avx512_bf16", [*BF16, "-DBURNISH_ISA=avx512_bf16"]),
     ("training_amx", "training_amx", AMX),
 ]
-PLAIN = ["kernels_generic", "dispatch", "pack", "team", "runtime", "api", "training_generic", "training_api"]
+PLAIN = [
+    "kernels_generic",
+    "dispatch",
+    "pack",
+    "team",
+    "sharing",
+    "runtime",
+    "api",
+    "training_generic",
+    "training_api",
+    "quantize_api",
+]
 
 
 class BuildKernels(build_ext):

@@ -53,6 +53,11 @@ TORCH_FREE = [
     "kernels/cpu/library.py",
     "kernels/cpu/structs.py",
     "measure/report*.py",
+    "pipeline/serving.py",
+    "serve/**/*.py",
+    "scale/**/*.py",
+    "cli/command_queue.py",
+    "cli/show_queue.py",
     "cli/main.py",
 ]
 

@@ -107,8 +107,9 @@ def _commands(model: Path, method: str, flags: argparse.Namespace, made: Path) -
     ]
     bench = ["bench", *REQUEST, "--repeats", "1", "--warmup", "1", "--speculation", "off"]
     quantize = ["--bits", "8", "--group-size", "128", "--damping", "0.1", "--calibration", rows]
-    # Random weights say nothing sensible, so the gates must not judge them; the stage of 4 bits rounds while it loads.
-    unjudged = ["--max-kl", "1000", "--min-agreement", "0"]
+    # Random weights say nothing sensible, so the gates must not judge them, nor have them answer questions (which they
+    # do to the last token allowed); the stage of 4 bits rounds while it loads.
+    unjudged = ["--max-kl", "1000", "--min-agreement", "0", "--gate-rows", "0"]
     return [
         ("training", tune),
         ("merge", ["merge", adapter, "--out", merged, "--overwrite", *unjudged]),
@@ -130,7 +131,9 @@ def _figures(stage: str, record: dict[str, Any], made: Path, flags: argparse.Nam
             }
         }
         loaded = record.get("loaded_memory_bytes")
-        return ({} if loaded is None else {"load": {"bytes": loaded, "predicted": None}}) | found
+        if loaded is None:
+            return found
+        return {"load": {"bytes": loaded, "predicted": _load_prediction(record)}} | found
     kind = stage.removeprefix("inference ")
     folder = str(made / ("gptq8" if kind == "gptq8" else "merged"))
     options = PlanOptions(
@@ -140,6 +143,15 @@ def _figures(stage: str, record: dict[str, Any], made: Path, flags: argparse.Nam
     )
     prediction = plan(folder, device=flags.device, options=options, stages=("inference",)).stage("inference")
     return {stage: {"bytes": record["memory_growth_bytes"], "predicted": prediction.growth_bytes}}
+
+
+def _load_prediction(record: dict[str, Any]) -> int:
+    """Bytes of the weights as the method holds them, and what reading touches for the first time."""
+    dense = record["method"] == "lora"
+    options = PlanOptions(dtype="float32", precision="float32" if dense else "auto")
+    parts = {stage: plan(record["base"], options=options, stages=(stage,)).stage(stage).components
+             for stage in ("load", record["method"])}  # fmt: skip
+    return parts[record["method"]]["weights"] + parts["load"]["first use"] + parts["load"]["reading"]
 
 
 def _run(command: Sequence[str], flags: argparse.Namespace) -> dict[str, Any] | str:

@@ -106,7 +106,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--timeout", type=float, default=3600, help="seconds that one command may take")
     parser.add_argument("--work-folder", type=Path, help="for models (default: the system's temporary folder)")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / f"{date.today()}-train-table.json")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / f"{date.today()}-train-study-table.json")
     flags = parser.parse_args()
     if unknown := set(filter(None, flags.measure.split(","))) - set(MEASURED):
         parser.error(f"--measure: there is no {', '.join(sorted(unknown))}; expected {', '.join(MEASURED)}")

@@ -21,8 +21,12 @@ _HOME = {
     "BurnishError": "burnish.errors",
     "DataConfig": "burnish.pipeline.examples",
     "Engine": "burnish.pipeline.api",
+    "GateLimits": "burnish.measure.compare",
+    "GateOptions": "burnish.pipeline.gates",
     "LoraConfig": "burnish.train.lora",
+    "MixedPrecision": "burnish.compress.config",
     "PruneConfig": "burnish.compress.prune_config",
+    "QatConfig": "burnish.pipeline.qat",
     "QuantizeConfig": "burnish.compress.config",
     "RecoverConfig": "burnish.pipeline.recovery",
     "SamplingParams": "burnish.engine.sampling",
@@ -31,6 +35,7 @@ _HOME = {
     "Workload": "burnish.measure.bench",
     "bench": "burnish.pipeline.bench",
     "evaluate": "burnish.pipeline.evaluate",
+    "export": "burnish.pipeline.export",
     "load": "burnish.pipeline.api",
     "merge": "burnish.pipeline.merge",
     "prune": "burnish.pipeline.prune",
@@ -42,8 +47,12 @@ __all__ = [
     "BurnishError",
     "DataConfig",
     "Engine",
+    "GateLimits",
+    "GateOptions",
     "LoraConfig",
+    "MixedPrecision",
     "PruneConfig",
+    "QatConfig",
     "QuantizeConfig",
     "RecoverConfig",
     "SamplingParams",
@@ -53,6 +62,7 @@ __all__ = [
     "__version__",
     "bench",
     "evaluate",
+    "export",
     "load",
     "merge",
     "plan",
@@ -63,18 +73,22 @@ __all__ = [
 
 if TYPE_CHECKING:
     from burnish import plan
-    from burnish.compress.config import QuantizeConfig
+    from burnish.compress.config import MixedPrecision, QuantizeConfig
     from burnish.compress.prune_config import PruneConfig
     from burnish.engine.sampling import SamplingParams
     from burnish.errors import BurnishError
     from burnish.measure.bench import Workload
+    from burnish.measure.compare import GateLimits
     from burnish.pipeline.api import Engine, load
     from burnish.pipeline.bench import bench
     from burnish.pipeline.evaluate import evaluate
     from burnish.pipeline.examples import DataConfig
+    from burnish.pipeline.export import export
+    from burnish.pipeline.gates import GateOptions
     from burnish.pipeline.merge import merge
     from burnish.pipeline.opening import Source
     from burnish.pipeline.prune import prune
+    from burnish.pipeline.qat import QatConfig
     from burnish.pipeline.quantize import quantize
     from burnish.pipeline.recovery import RecoverConfig
     from burnish.pipeline.tune import tune

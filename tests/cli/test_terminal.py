@@ -118,7 +118,7 @@ def test_ctrl_c_during_tuning_saves_the_adapter_and_exits_130(
 def test_answers_and_the_bar_do_not_run_into_each_other(merged: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("SELECT name\n" * 300)
     command = ["-m", "burnish.cli.main", "generate", merged, "--prompts", tmp_path / "prompts.txt"]
-    command += ["--max-tokens", 40, "--ignore-eos", "--concurrency", 2]
+    command += ["--max-tokens", 40, "--ignore-eos", "--concurrency", 2, "--speculation", "off"]
     # On torch it takes long enough for a bar to be drawn.
     slow = {**os.environ, "BURNISH_CPU_KERNELS": "off"}
     process = pexpect.spawn(

@@ -55,7 +55,7 @@ def test_a_budget_that_holds_nothing_names_the_least_and_what_to_try() -> None:
         choose(candidates, budget=5 << 20, peak=lambda one: 100 << 20, time=lambda one: 1.0, remedy="Try less.")
     assert caught.value.exit_code == 3
     assert "5 MiB" in caught.value.message
-    assert "100 MiB at least" in caught.value.message
+    assert "at least 100 MiB" in caught.value.message
     assert "Try less." in caught.value.message
 
 

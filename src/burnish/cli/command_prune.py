@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -41,9 +40,13 @@ def prune(
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     template: options.Template = "auto",
-    gate_data: Annotated[str | None, typer.Option(help="Held-out rows to compare on.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL from the parent, nats per token.")] = None,
-    min_agreement: Annotated[float | None, typer.Option(help="Least share of equal greedy tokens, 0..1.")] = None,
+    gate_data: options.GateData = None,
+    gate_rows: options.GateRows = 100,
+    max_kl: options.MaxKl = None,
+    max_kl_p99: options.MaxKlP99 = None,
+    min_agreement: options.MinAgreement = None,
+    max_perplexity_ratio: options.MaxPerplexityRatio = None,
+    max_score_drop: options.MaxScoreDrop = None,
     config: options.Config = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -60,7 +63,7 @@ def prune(
     from burnish.cli.show_stages import show_prune
     from burnish.compress.prune_config import PruneConfig, parse_sparsity
     from burnish.errors import ConfigError
-    from burnish.pipeline.gates import PRUNE_LIMITS
+    from burnish.pipeline.gates import GateOptions
     from burnish.pipeline.opening import Source
     from burnish.pipeline.prune import prune as run
     from burnish.pipeline.recovery import RecoverConfig
@@ -79,7 +82,6 @@ def prune(
         given = ", ".join("--" + name.replace("_", "-") for name in learning)
         raise ConfigError(f"{given} without --recover", remedy="Say how many steps: --recover 200.")
     recovery = RecoverConfig(steps=recover, seed=seed, **learning) if recover else None
-    limits = PRUNE_LIMITS["recovered" if recovery else method]
     source = Source(
         device=device,
         dtype=dtype,
@@ -98,10 +100,13 @@ def prune(
             num_samples=samples,
             template=template,
             data=gate_data,
-            limits=replace(
-                limits,
-                max_kl_mean=limits.max_kl_mean if max_kl is None else max_kl,
-                min_greedy_agreement=limits.min_greedy_agreement if min_agreement is None else min_agreement,
+            gate_options=GateOptions(
+                rows=gate_rows,
+                max_kl=max_kl,
+                max_kl_p99=max_kl_p99,
+                min_agreement=min_agreement,
+                max_perplexity_ratio=max_perplexity_ratio,
+                max_score_drop=max_score_drop,
             ),
             source=source,
             overwrite=overwrite,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -263,9 +262,13 @@ def merge(
     ] = "auto",
     base: Annotated[str | None, typer.Option(help="Base model, instead of the one that the adapter names.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the written weights; auto keeps the base's.")] = "auto",
-    gate_data: Annotated[str | None, typer.Option(help="Held-out rows to compare on.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL from the adapter, nats per token.")] = None,
-    min_agreement: Annotated[float | None, typer.Option(help="Least share of equal greedy tokens, 0..1.")] = None,
+    gate_data: options.GateData = None,
+    gate_rows: options.GateRows = 100,
+    max_kl: options.MaxKl = None,
+    max_kl_p99: options.MaxKlP99 = None,
+    min_agreement: options.MinAgreement = None,
+    max_perplexity_ratio: options.MaxPerplexityRatio = None,
+    max_score_drop: options.MaxScoreDrop = None,
     config: options.Config = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -278,7 +281,7 @@ def merge(
 ) -> None:
     """Merge adapters into their base and prove that the result is the same model; exit 4 if it is not."""
     from burnish.cli.show_stages import show_merge
-    from burnish.pipeline.gates import MERGE_LIMITS
+    from burnish.pipeline.gates import GateOptions
     from burnish.pipeline.merge import merge as run
     from burnish.pipeline.opening import Source
 
@@ -293,10 +296,13 @@ def merge(
             dtype=dtype,
             source=source,
             data=gate_data,
-            limits=replace(
-                MERGE_LIMITS,
-                max_kl_mean=MERGE_LIMITS.max_kl_mean if max_kl is None else max_kl,
-                min_greedy_agreement=MERGE_LIMITS.min_greedy_agreement if min_agreement is None else min_agreement,
+            gate_options=GateOptions(
+                rows=gate_rows,
+                max_kl=max_kl,
+                max_kl_p99=max_kl_p99,
+                min_agreement=min_agreement,
+                max_perplexity_ratio=max_perplexity_ratio,
+                max_score_drop=max_score_drop,
             ),
             overwrite=overwrite,
             progress=progress,

@@ -29,7 +29,9 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option("--data", help="Rows or text; the bundled test rows when not given.")
     ] = None,
-    against: Annotated[str | None, typer.Option(help="Parent model, for KL and greedy agreement.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Parent model: KL, greedy agreement and its answers beside; a gate for a child.")
+    ] = None,
     adapter: options.Adapter = None,
     quantize: options.Quantize = "none",
     weights_cache: options.WeightsCache = True,
@@ -39,6 +41,14 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     max_length: Annotated[int, typer.Option(help="Longest example in tokens, for perplexity and KL.")] = 512,
     show_answers: Annotated[int, typer.Option(help="Print this many wrong answers.")] = 0,
+    max_kl: options.MaxKl = None,
+    max_kl_p99: options.MaxKlP99 = None,
+    min_agreement: options.MinAgreement = None,
+    max_perplexity_ratio: options.MaxPerplexityRatio = None,
+    max_score_drop: options.MaxScoreDrop = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write parent and child side by side to this file (html, md).")
+    ] = None,
     config: options.Config = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -50,11 +60,16 @@ def evaluate(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Score MODEL at a task: execution accuracy of SQL, perplexity, BLEU; with --against, KL from a parent."""
+    """Score MODEL at a task: execution accuracy of SQL, perplexity, BLEU; with --against, beside its parent.
+
+    Exit 4 if a child is worse than its limits allow: those it was made under, those of its bits, or those given.
+    """
     from burnish.cli.show_measures import show_eval
     from burnish.pipeline.evaluate import evaluate as run
     from burnish.pipeline.examples import DataConfig
+    from burnish.pipeline.gates import GateOptions, gate_error
     from burnish.pipeline.opening import Source
+    from burnish.pipeline.side_by_side import write_comparison
 
     rows = None
     if data is not None or limit is not None:
@@ -70,6 +85,17 @@ def evaluate(
     source = Source(
         device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
     )
+    limits = GateOptions(
+        max_kl=max_kl,
+        max_kl_p99=max_kl_p99,
+        min_agreement=min_agreement,
+        max_perplexity_ratio=max_perplexity_ratio,
+        max_score_drop=max_score_drop,
+    )
+    if against is None and (report is not None or limits.any_limit):
+        raise ConfigError("limits and --report need a parent", remedy="Name it with --against.")
+    if report is not None and report.suffix not in (".html", ".md"):
+        raise ConfigError("--report has no known ending", got=str(report), expected=".html or .md")
     with watching(quiet=quiet) as progress:
         record = run(
             model,
@@ -80,12 +106,19 @@ def evaluate(
             quantize=quantize,
             weights_cache=weights_cache,
             max_tokens=max_tokens,
+            gate_options=limits,
             source=source,
             progress=progress,
         )
+    if report is not None:
+        write_comparison(report, record, source)
+        note(f"written: {report}", quiet=quiet)
     if record.num_bad_rows:
         note(f"{record.num_bad_rows} bad rows were left out; see them with: burnish data inspect", quiet=quiet)
     print_json(record) if json else show_eval(stdout(), record, num_wrong=show_answers)
+    if record.gate is not None and not record.gate.passed:
+        remedy = "Make it again with more bits, a larger calibration, or --act-order; or allow more with --max-kl."
+        raise gate_error(record.model, record.gate, remedy=remedy, marked=False)
 
 
 def bench(
@@ -174,7 +207,8 @@ def bench(
 
 def report(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Run folders or names; the newest when not given.")
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Runs, or folders of children; the newest run when not given."),
     ] = None,
     format: Annotated[
         str | None, typer.Option("--format", help="table, md, html, json or csv; as --out ends, else table.")
@@ -184,7 +218,7 @@ def report(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show a run's variants and stages, predicted beside measured."""
+    """Show a run's variants and stages, predicted beside measured; or a child beside its parent."""
     from burnish.measure.report import FORMATS, combine_runs, render
     from burnish.models.atomic_files import write_text
     from burnish.pipeline.runs import load_runs

@@ -33,7 +33,7 @@ def plan(
         str, typer.Option(help="cpu (this machine), cuda (its card), or one of the catalogue: t4, p100, a100-40g, ...")
     ] = "cpu",
     dtype: options.Dtype = "auto",
-    weights: Annotated[str | None, typer.Option(help="Format to run in: int8, int4, nf4 or a dtype.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Format to run in: int8, int4, w8a8, nf4 or a dtype.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 32,
     input_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
     output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,

@@ -52,6 +52,15 @@ def read_config_file(context: typer.Context, value: Path | None) -> Path | None:
     return value
 
 
+GateData = Annotated[str | None, typer.Option(help="Held-out rows to compare on.")]
+GateRows = Annotated[int, typer.Option(help="Held-out questions that child and parent answer; 0 for none.")]
+MaxKl = Annotated[float | None, typer.Option(help="Largest mean KL from the parent, nats per token.")]
+MaxKlP99 = Annotated[float | None, typer.Option(help="Largest 99th percentile of the KL, nats per token.")]
+MinAgreement = Annotated[float | None, typer.Option(help="Least share of equal greedy tokens, 0..1.")]
+MaxPerplexityRatio = Annotated[float | None, typer.Option(help="Largest perplexity over the parent's, such as 1.05.")]
+MaxScoreDrop = Annotated[
+    float | None, typer.Option(help="Share of the task score that may be lost; more fails if it is not chance.")
+]
 Config = Annotated[
     Path | None,
     typer.Option(

@@ -10,11 +10,23 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from burnish.measure.json_values import to_plain
 
 SHOW_AFTER_S = 2.0  # shorter work needs no bar
+WIDE = 110  # columns from which on the bar has its full width
 
 
 def print_json(value: Any) -> None:
@@ -29,6 +41,13 @@ def stdout() -> Console:
 
 def stderr() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+class _NoteColumn(ProgressColumn):
+    """The task's note in one line, cut where the terminal ends; counts and times stay whole."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
 class Watcher:
@@ -48,10 +67,10 @@ class Watcher:
         if self._progress is None:
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=28),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                BarColumn(bar_width=28 if self._console.width >= WIDE else 10),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                _NoteColumn(),
                 console=self._console,
                 transient=True,
             )

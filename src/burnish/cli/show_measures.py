@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from burnish.cli.show_stages import facts
+from burnish.cli.show_stages import facts, task_lines
 from burnish.measure.bench import BenchResult, VersusResult
 from burnish.measure.formatting import (
     format_bytes,
@@ -43,6 +43,9 @@ def show_eval(console: Console, record: EvalRecord, *, num_wrong: int = 0) -> No
             )
         )
         rows.append(("greedy agreement", format_share(record.greedy_agreement, digits=2)))
+    if record.gate is not None:
+        rows += [*task_lines(record.gate), ("gate", record.gate.verdict)]
+        rows += [("reason", reason) for reason in record.gate.reasons]
     facts(console, record.model, rows)
     if record.by_kind and len(record.by_kind) > 1:
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))

@@ -12,6 +12,7 @@ from burnish.measure.formatting import (
     format_bytes,
     format_count,
     format_divergence,
+    format_interval,
     format_ratio,
     format_seconds,
     format_share,
@@ -49,16 +50,40 @@ def _gate(gate: GateResult) -> list[tuple[str, str]]:
         ("gate", gate.verdict),
         (
             "KL to parent",
-            f"{format_divergence(gate.kl_mean)} nats/token (limit {gate.limits.max_kl_mean:g}; "
-            f"99th percentile {format_divergence(gate.kl_p99)})",
+            f"{format_divergence(gate.kl_mean)} nats/token{_limit(gate.limits.max_kl_mean)}, "
+            f"99th percentile {format_divergence(gate.kl_p99)}{_limit(gate.limits.max_kl_p99)}",
         ),
         (
             "greedy agreement",
-            f"{format_share(gate.greedy_agreement, digits=2)} of {format_count(gate.num_tokens)} tokens "
-            f"(limit {format_share(gate.limits.min_greedy_agreement)})",
+            f"{format_share(gate.greedy_agreement, digits=2)} of {format_count(gate.num_tokens)} tokens"
+            + ("" if (least := gate.limits.min_greedy_agreement) is None else f" (limit {format_share(least)})"),
         ),
         ("perplexity", f"{gate.perplexity_child:.4g} (parent {gate.perplexity_parent:.4g})"),
+        *task_lines(gate),
+        *[("reason", reason) for reason in gate.reasons],
     ]
+
+
+def task_lines(gate: GateResult) -> list[tuple[str, str]]:
+    """The task's score beside the parent's, with what was lost and gained."""
+    task = gate.task
+    if task is None:
+        return []
+    most = gate.limits.max_score_drop
+    drop = f"{format_interval(task.drop_low, task.drop_high)} points below {format_share(task.parent_score)}"
+    return [
+        (
+            task.metric,
+            f"{format_share(task.score)} of {task.num_rows} (95 % interval "
+            f"{format_interval(task.score_low, task.score_high)}), {drop}"
+            + ("" if most is None else f" (limit {format_share(most)})"),
+        ),
+        ("answers", f"{task.lost} lost, {task.gained} gained, {task.reworded} reworded (p = {task.p_value:.2g})"),
+    ]
+
+
+def _limit(value: float | None) -> str:
+    return "" if value is None else f" (limit {value:g})"
 
 
 def show_tune(console: Console, record: TuneRecord) -> None:
@@ -157,8 +182,8 @@ def show_quantize(console: Console, record: QuantizeRecord) -> None:
     rows = [
         (
             "method",
-            f"{record.method}, {_widths(record)}, groups of {record.group_size}, "
-            f"{record.bits_per_weight:.2f} stored bits per weight",
+            f"{record.method}, {_widths(record)}, {_groups(record.group_size)}, "
+            f"{record.bits_per_weight:.2f} stored bits per weight, {record.format} layout",
         ),
         (
             "calibration",
@@ -171,7 +196,14 @@ def show_quantize(console: Console, record: QuantizeRecord) -> None:
         ("worst layers", ", ".join(f"{layer.name.removeprefix('model.')} {layer.error:.4f}" for layer in worst)),
         *_gate(record.gate),
     ]
+    if (qat := record.qat) is not None:
+        change = f"loss {qat.loss_before:.4f} -> {qat.loss_after:.4f}, {format_share(qat.changed)} of integers changed"
+        rows.insert(2, ("trained", f"{qat.steps} steps in {format_seconds(qat.seconds)}, {change}"))
     facts(console, record.out, rows)
+
+
+def _groups(size: int) -> str:
+    return "one scale per output" if size == -1 else f"groups of {size}"
 
 
 def show_prune(console: Console, record: PruneRecord) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from burnish.compress import rtn
 from burnish.compress.calibration import BlockWalk
-from burnish.compress.channel_scales import ScaleSite, fold_scale, scale_sites
+from burnish.compress.channel_scales import ScaleSite, fold_scale, positive, scale_sites
 from burnish.compress.config import QuantizeConfig
 from burnish.compress.quantized_weight import check_weight
 from burnish.models.config import ModelConfig
@@ -102,19 +102,13 @@ def search_scale(
 
 def _candidates(weights: Sequence[Tensor], hessian_II: Tensor, site: ScaleSite) -> Iterator[Tensor]:
     """No scaling first, so that ties change nothing; then each power of the inputs, without and with the weights'."""
-    input_C = _positive(site.pooled(hessian_II.diagonal()).sqrt())
+    input_C = positive(site.pooled(hessian_II.diagonal()).sqrt())
     largest_I = torch.stack([weight_OI.abs().amax(dim=0) for weight_OI in weights]).amax(dim=0)
-    weight_C = _positive(site.pooled(largest_I))
+    weight_C = positive(site.pooled(largest_I))
     for step in range(POWERS + 1):
         power = step / POWERS
         for inverse in (0.0, 1.0 - power) if step < POWERS else (0.0,):
             yield _centred(input_C.log() * power - weight_C.log() * inverse)
-
-
-def _positive(value_C: Tensor) -> Tensor:
-    """Channels that are never used count as the least used one."""
-    used_C = value_C[value_C > 0]
-    return value_C.clamp_min(float(used_C.min()) if used_C.numel() else 1.0)
 
 
 def _centred(log_scale_C: Tensor) -> Tensor:

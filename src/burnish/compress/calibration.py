@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from burnish.compress.calibration_forward import HEADS, NOTHING, OUTPUT, KeptAttention, run_block
+from burnish.compress.second_moment import SecondMoment
 from burnish.errors import DataError
-from burnish.models.attention import AttentionSpec, FullCausal
 from burnish.models.decoder import Block, Decoder
 
 # B sequences of one batch, T tokens of its longest, D hidden, N real tokens, I in features
@@ -35,43 +36,32 @@ class TokenBatch:
     real_BT: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class InputSample:
+    """What a linear reads: rows_NI (N, in) of some tokens and peak_I (in,), largest magnitudes over all; float32."""
+
+    rows_NI: Tensor
+    peak_I: Tensor
+
+
 @dataclass(kw_only=True)
 class _BlockInput:
     hidden_BTD: Tensor
     real_BT: Tensor
     arguments: list[tuple[Any, ...]]
-    attention: _KeptAttention
+    attention: KeptAttention
+    activation: str
+    padded: bool
 
+    def run(self, layer: int, block: nn.Module, hidden_BTD: Tensor | None = None) -> Tensor:
+        """What a block makes of the hidden states."""
+        hidden_BTD = self.hidden_BTD if hidden_BTD is None else hidden_BTD
+        rope = self.arguments[layer][0]
+        return run_block(block, hidden_BTD, rope, self.attention, activation=self.activation)
 
-class _KeptAttention:
-    """Full causal attention that can hold on to one layer's output for one batch.
-
-    Attributes:
-        keep: hold what is computed next, and answer with it until it is set to False.
-    """
-
-    def __init__(self) -> None:
-        self.keep = False
-        self.calls = 0
-        self._kept_BHTE: Tensor | None = None
-
-    def attend(self, layer: int, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, spec: AttentionSpec) -> Tensor:
-        """As `Attention.attend`."""
-        self.calls += 1
-        if not self.keep:
-            self._kept_BHTE = None
-        elif self._kept_BHTE is not None:
-            return self._kept_BHTE
-        # A new one each time, because it would keep its masks: with ALiBi (heads, tokens, tokens) for every length.
-        out_BHTE = FullCausal().attend(layer, q_BHTE, k_BKTE, v_BKTE, spec)
-        if self.keep:
-            self._kept_BHTE = out_BHTE
-        return out_BHTE
-
-    def release(self) -> None:
-        """Forget the output and stop keeping."""
-        self.keep = False
-        self._kept_BHTE = None
+    def real(self, x_BTI: Tensor) -> Tensor:
+        """Those of the real tokens: (N, I)."""
+        return x_BTI[self.real_BT] if self.padded else x_BTI.flatten(0, 1)
 
 
 class _Stop(Exception):
@@ -150,7 +140,7 @@ class BlockWalk:
 
         hooks = [linear.register_forward_pre_hook(partial(note, name)) for name, linear in block_linears(block).items()]
         try:
-            block(smallest.hidden_BTD, *smallest.arguments[layer])
+            smallest.run(layer, block)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -171,38 +161,57 @@ class BlockWalk:
         `input_groups` of this block comes first, and linears are asked for in its order, those before already final.
         """
         linear = block_linears(block)[name]
-        total_II = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
-        count = 0
+        moment = SecondMoment(linear)
         self._keep_attention(name)
-        for real_BT, x_BTI in self._inputs_of(layer, block, linear):
-            x_NI = x_BTI[real_BT].float()
-            total_II.addmm_(x_NI.t(), x_NI)
-            count += x_NI.shape[0]
-        return total_II.div_(count)
+        for each, x_BTI, _ in self._inputs_and_outputs_of(layer, block, linear, to_the_end=False):
+            moment.add(each.real(x_BTI))
+        return moment.mean()
 
     def hessians(self, layer: int, block: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
         """`hessian` of several linears from one forward through the block as it is now."""
         linears = block_linears(block)
-        totals = {
-            name: torch.zeros(linears[name].in_features, linears[name].in_features, device=linears[name].weight.device)
-            for name in names
-        }
-        count = 0
+        moments = {name: SecondMoment(linears[name]) for name in names}
         for each in self._inputs:
             each.attention.release()
-            count += int(each.real_BT.sum())
 
-            def add(name: str, real_BT: Tensor, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-                x_NI = args[0][real_BT].float()
-                totals[name].addmm_(x_NI.t(), x_NI)
+            def add(name: str, each: _BlockInput, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+                moments[name].add(each.real(args[0]))
 
-            hooks = [linears[name].register_forward_pre_hook(partial(add, name, each.real_BT)) for name in names]
+            hooks = [linears[name].register_forward_pre_hook(partial(add, name, each)) for name in names]
             try:
-                block(each.hidden_BTD, *each.arguments[layer])
+                each.run(layer, block)
             finally:
                 for hook in hooks:
                     hook.remove()
-        return {name: total_II.div_(count) for name, total_II in totals.items()}
+        return {name: moment.mean() for name, moment in moments.items()}
+
+    def samples(self, layer: int, block: nn.Module, names: Sequence[str], *, tokens: int) -> dict[str, InputSample]:
+        """What linears read in one forward through the block as it is now: `tokens` of the real ones, evenly spread."""
+        linears = block_linears(block)
+        rows: dict[str, list[Tensor]] = {name: [] for name in names}
+        peaks: dict[str, Tensor] = {}
+        step = max(1, sum(int(each.real_BT.sum()) for each in self._inputs) // max(1, tokens))
+        seen = 0
+        for each in self._inputs:
+            each.attention.release()
+
+            def add(name: str, real_BT: Tensor, first: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x_NI = args[0][real_BT]
+                peak_I = x_NI.abs().amax(dim=0).float()
+                peaks[name] = torch.maximum(peaks[name], peak_I) if name in peaks else peak_I
+                rows[name].append(x_NI[first::step].float())
+
+            hooks = [
+                linears[name].register_forward_pre_hook(partial(add, name, each.real_BT, -seen % step))
+                for name in names
+            ]
+            try:
+                each.run(layer, block)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            seen += int(each.real_BT.sum())
+        return {name: InputSample(rows_NI=torch.cat(rows[name]), peak_I=peaks[name]) for name in names}
 
     def inputs_and_residuals(self, layer: int, block: nn.Module, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
         """What a linear reads, (N, in), and what its output is added to, (N, out), per batch, float32.
@@ -214,19 +223,17 @@ class BlockWalk:
         self._keep_attention(name)
         ends_block = name == "mlp.down_proj" and block.mlp_output_norm is None
         ends_attention = name == "self_attn.o_proj" and block.attention_output_norm is None
-        for each, (real_BT, x_BTI, out_BTD) in zip(
-            self._inputs, self._inputs_and_outputs_of(layer, block, linear, to_the_end=ends_block)
-        ):
+        for each, x_BTI, out_BTD in self._inputs_and_outputs_of(layer, block, linear, to_the_end=ends_block):
             residual_BTD = out_BTD
             if ends_attention:
                 hidden_BTD = each.hidden_BTD
                 residual_BTD = block.input_layernorm(hidden_BTD) if block.residual_from_norm else hidden_BTD
-            yield x_BTI[real_BT].float(), None if residual_BTD is None else residual_BTD[real_BT].float()
+            yield each.real(x_BTI).float(), None if residual_BTD is None else each.real(residual_BTD).float()
 
     def advance(self, layer: int, block: nn.Module) -> None:
         """Replace the hidden states by what the block makes of them."""
         for each in self._inputs:
-            each.hidden_BTD = block(each.hidden_BTD, *each.arguments[layer])
+            each.hidden_BTD = each.run(layer, block)
             each.attention.release()
 
     def finish(self, model: Decoder, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -235,7 +242,7 @@ class BlockWalk:
             each.attention.release()
             hidden_BTD = each.hidden_BTD
             for later, block in enumerate(model.model.layers[layer:], start=layer):
-                hidden_BTD = block(hidden_BTD, *each.arguments[later])
+                hidden_BTD = each.run(later, block, hidden_BTD)
             yield each.real_BT, model.model.norm(hidden_BTD)
 
     def forget_attention(self) -> None:
@@ -244,17 +251,16 @@ class BlockWalk:
             each.attention.release()
 
     def _keep_attention(self, name: str) -> None:
+        """Hold on to what the linears before this one, which are final, make of the batches."""
+        after = HEADS if name == "self_attn.o_proj" else OUTPUT
+        keep = NOTHING if name in self._before_attention else after
         for each in self._inputs:
-            each.attention.keep = name not in self._before_attention
-
-    def _inputs_of(self, layer: int, block: nn.Module, linear: nn.Linear) -> Iterator[tuple[Tensor, Tensor]]:
-        for real_BT, x_BTI, _ in self._inputs_and_outputs_of(layer, block, linear, to_the_end=False):
-            yield real_BT, x_BTI
+            each.attention.keep = keep
 
     def _inputs_and_outputs_of(
         self, layer: int, block: nn.Module, linear: nn.Linear, *, to_the_end: bool
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Per batch what is real, what the linear reads, and what the block would give if the linear gave zeros.
+    ) -> Iterator[tuple[_BlockInput, Tensor, Tensor | None]]:
+        """Each batch, what the linear reads of it, and what the block would give if the linear gave zeros.
 
         The block is only run to the end when that is asked for, and stops at the linear otherwise.
         """
@@ -273,8 +279,8 @@ class BlockWalk:
             for each in self._inputs:
                 out_BTD = None
                 with suppress(_Stop):
-                    out_BTD = block(each.hidden_BTD, *each.arguments[layer])
-                yield each.real_BT, caught.pop(), out_BTD
+                    out_BTD = each.run(layer, block)
+                yield each, caught.pop(), out_BTD
         finally:
             for hook in hooks:
                 hook.remove()
@@ -290,7 +296,7 @@ def _embed(model: Decoder, batch: TokenBatch) -> _BlockInput:
         arguments.append(rest)
         return hidden_BTD
 
-    attention = _KeptAttention()
+    attention = KeptAttention()
     blocks = list(model.model.layers)
     for block in blocks:
         block.forward = record
@@ -300,5 +306,10 @@ def _embed(model: Decoder, batch: TokenBatch) -> _BlockInput:
         for block in blocks:
             del block.forward
     return _BlockInput(
-        hidden_BTD=first[0], real_BT=batch.real_BT.to(model.device), arguments=arguments, attention=attention
+        hidden_BTD=first[0],
+        real_BT=batch.real_BT.to(model.device),
+        arguments=arguments,
+        attention=attention,
+        activation=model.config.activation,
+        padded=not bool(batch.real_BT.all()),
     )

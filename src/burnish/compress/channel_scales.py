@@ -77,7 +77,7 @@ def scale_sites(config: ModelConfig) -> list[ScaleSite]:
 
 
 @torch.no_grad()
-def fold_scale(block: nn.Module, site: ScaleSite, scale_C: Tensor) -> None:
+def fold_scale(block: nn.Module, site: ScaleSite, scale_C: Tensor) -> Tensor:
     """Divide the source's output by a factor per channel and make the readers expect it, in place.
 
     A norm's weight is rounded to its dtype, and the readers are multiplied by what the rounded weight really divides
@@ -85,6 +85,9 @@ def fold_scale(block: nn.Module, site: ScaleSite, scale_C: Tensor) -> None:
 
     Args:
         scale_C: (channels of the source,), float32, positive.
+
+    Returns:
+        The factors as they came out after rounding, (channels of the source,), float32.
     """
     source = block.get_submodule(site.source)
     if isinstance(source, nn.Linear):
@@ -98,6 +101,13 @@ def fold_scale(block: nn.Module, site: ScaleSite, scale_C: Tensor) -> None:
     for name in site.readers:
         weight_OI = block.get_parameter(f"{name}.weight")
         weight_OI.copy_(weight_OI.float() * scale_I)
+    return scale_C
+
+
+def positive(value_C: Tensor) -> Tensor:
+    """Magnitudes of channels to take factors from: channels that are never used count as the least used one."""
+    used_C = value_C[value_C > 0]
+    return value_C.clamp_min(float(used_C.min()) if used_C.numel() else 1.0)
 
 
 def _fold_into_norm(norm: nn.Module, scale_C: Tensor) -> Tensor:

@@ -7,9 +7,29 @@ from typing import Any
 
 from burnish.errors import ConfigError
 
-METHODS = ("rtn", "gptq", "awq", "awq-gptq")
+METHODS = ("rtn", "gptq", "awq", "awq-gptq", "smoothquant", "w8a8", "nf4", "fp4", "llm.int8")
+FORMATS = ("gptq", "compressed-tensors", "bitsandbytes")
+"""Layouts of folders that quantized models are written in."""
+ROW_METHODS = ("smoothquant", "w8a8")
+"""Methods whose linears compute with 8-bit activations: one scale per row of the weight and per token."""
+CODE_METHODS = ("nf4", "fp4", "llm.int8")
+"""Methods of bitsandbytes."""
 BITS = (2, 3, 4, 8)
 PER_CHANNEL = -1
+CODE_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Weights per scale that bitsandbytes computes with."""
+
+
+def default_bits(method: str) -> int:
+    """Bits per weight where nothing else is asked for; the only ones of the methods that have one width."""
+    return 8 if method in (*ROW_METHODS, "llm.int8") else 4
+
+
+def default_group_size(method: str) -> int:
+    """Weights per scale where nothing else is asked for."""
+    if method in (*ROW_METHODS, "llm.int8"):
+        return PER_CHANNEL
+    return 64 if method in ("nf4", "fp4") else 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +64,14 @@ class MixedPrecision:
 class QuantizeConfig:
     """Weight quantization of every linear inside the decoder's blocks.
 
-    Embeddings, norms and the language-model head stay as they are.
+    Embeddings, norms and the language-model head stay as they are, unless `embeddings` says otherwise.
 
     Attributes:
-        method: "rtn" (round to nearest; the only one that needs no calibration), "gptq", "awq" (channels scaled by
-            importance, folded into norms and linears before, then rounded) or "awq-gptq" (scaled, then gptq).
+        method: "rtn" (round to nearest), "gptq", "awq" (channels scaled by importance, folded into norms and linears
+            before, then rounded), "awq-gptq" (scaled, then gptq); "w8a8" (weights in 8 bits per output feature,
+            activations in 8 bits per token), "smoothquant" (w8a8 after outliers of the activations were moved into the
+            weights); "nf4", "fp4" and "llm.int8" as bitsandbytes has them. Calibration is needed by gptq, awq and
+            smoothquant.
         bits: 2, 3, 4 or 8 bits per weight.
         group_size: input features that share one scale; -1 is one scale per output feature. The last may be short.
         symmetric: zero point fixed at the middle of the grid; else fitted per group.
@@ -61,9 +84,14 @@ class QuantizeConfig:
         refine: passes of coordinate descent over each linear's scales and integers afterwards (gptq).
         true_sequential: the inputs of a block's later linears come from its quantized earlier ones; else all from one
             forward through the dense block, which is quicker.
-        block_size: input features quantized between two updates of the rest (gptq); speed only.
+        block_size: input features quantized between two updates of the rest (gptq without the compiled kernels);
+            speed only.
         batch_tokens: calibration tokens run through a block at once; memory against speed.
         rotate: rotate the residual stream and the attention's heads before (models with RMSNorm).
+        format: layout of the folder, one of `FORMATS`; "auto" is the method's own.
+        alpha: share of the activations' range that smoothquant moves, 0..1; None chooses it place by place.
+        double_quant: scales of nf4 and fp4 are quantized as well.
+        embeddings: embedding and output layer in 8 bits per row as well (compressed-tensors).
     """
 
     method: str = "gptq"
@@ -79,6 +107,10 @@ class QuantizeConfig:
     block_size: int = 128
     batch_tokens: int = 4096
     rotate: bool = False
+    format: str = "auto"
+    alpha: float | None = None
+    double_quant: bool = True
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -103,6 +135,65 @@ class QuantizeConfig:
             raise ConfigError(
                 "block_size and batch_tokens must be positive", got=f"{self.block_size} and {self.batch_tokens}"
             )
+
+        self._check_format()
+
+    def _check_format(self) -> None:
+        """Refuse settings that the method or the layout has no place for."""
+        if self.format not in ("auto", *FORMATS):
+            raise ConfigError("unknown format", got=repr(self.format), expected=f"auto, {', '.join(FORMATS)}")
+        if self.method in (*ROW_METHODS, *CODE_METHODS) and self.bits != default_bits(self.method):
+            raise ConfigError(f"{self.method} has {default_bits(self.method)} bits", got=self.bits)
+        if self.method in (*ROW_METHODS, "llm.int8") and self.group_size != PER_CHANNEL:
+            raise ConfigError(f"{self.method} has one scale per output feature", got=f"group_size {self.group_size}")
+        if self.method in ("nf4", "fp4") and self.group_size not in CODE_BLOCKS:
+            raise ConfigError(
+                f"group_size is not valid for {self.method}",
+                got=self.group_size,
+                expected=", ".join(map(str, CODE_BLOCKS)),
+            )
+        if self.layout not in self._layouts():
+            raise ConfigError(
+                f"{self.method} cannot be written in this format",
+                got=self.layout,
+                expected=" or ".join(self._layouts()),
+            )
+        if self.layout == "compressed-tensors" and self.bits == 3:
+            raise ConfigError("compressed-tensors has no settled layout of 3 bits", expected="2, 4 or 8 bits")
+        if self.layout == "compressed-tensors" and self.activation_order and self.group_size != PER_CHANNEL:
+            raise ConfigError(
+                "compressed-tensors keeps groups in plain order", remedy="Use --group-size -1, or --format gptq"
+            )
+        if self.embeddings and self.layout != "compressed-tensors":
+            raise ConfigError(
+                "embeddings in 8 bits have no place in this format",
+                got=self.layout,
+                remedy="Use --format compressed-tensors",
+            )
+        if not self.double_quant and self.method not in ("nf4", "fp4"):
+            raise ConfigError(f"double_quant has no meaning for {self.method}", remedy="Use nf4 or fp4")
+        if self.alpha is not None and (self.method != "smoothquant" or not 0.0 <= self.alpha <= 1.0):
+            raise ConfigError(
+                "alpha is out of range", got=f"{self.alpha} with {self.method}", expected="0 to 1, with smoothquant"
+            )
+        if self.method in (*ROW_METHODS, *CODE_METHODS) and not (self.symmetric and self.true_sequential):
+            raise ConfigError(f"{self.method} is always symmetric and sequential", remedy="Leave both settings out")
+
+    @property
+    def layout(self) -> str:
+        """The folder's layout, one of `FORMATS`."""
+        return self._layouts()[0] if self.format == "auto" else self.format
+
+    def _layouts(self) -> tuple[str, ...]:
+        """What the method can be written in, its own first."""
+        if self.method in CODE_METHODS:
+            return ("bitsandbytes",)
+        return ("compressed-tensors",) if self.method in ROW_METHODS else ("gptq", "compressed-tensors")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method has to see text."""
+        return self.method in ("gptq", "awq", "awq-gptq", "smoothquant")
 
     @property
     def scales(self) -> bool:

@@ -1,4 +1,5 @@
 """Reading what other programs quantized: AWQ and bitsandbytes folders, as if they were GPTQ folders or dense ones.
+compressed-tensors has a module of its own.
 
 A reader here stands in for a `TensorReader`: it shows the names and shapes that the loader expects and converts each
 tensor when it is read.
@@ -11,23 +12,25 @@ which packs inputs; the weights stay in 4 bits.
 **bitsandbytes** (Dettmers et al., 2023, arXiv:2305.14314, and 2022, arXiv:2208.07339). 4 bits: weight (ceil(n / 2), 1)
 uint8, two codes a byte in the order of the matrix's rows, with scales per block beside it and a record in JSON. 8 bits:
 weight (out, in) int8 and SCB (out,) float32, W = weight * SCB / 127. Shown dense: each weight is rebuilt once, while it
-is read, in the dtype of the model.
+is read, in the dtype of the model. GPT-2's linears, which dense files hold (in, out), are (out, in) here too.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from burnish.compress.compressed_tensors_reading import CompressedTensorsReader
+from burnish.compress.converting_reader import ConvertingReader
 from burnish.compress.nf4 import LEVELS, BlockFormat, BlockScales, dequantize_blocks, dynamic_levels
 from burnish.compress.packing import num_words, pack
 from burnish.errors import CheckpointError
-from burnish.models.checkpoint import TensorInfo, TensorReader
+from burnish.models.checkpoint import TensorReader
+from burnish.models.config import ModelConfig
 from burnish.models.families.registry import family_named
 from burnish.models.hf_config import config_of
 
@@ -41,12 +44,15 @@ def foreign_reader(reader: TensorReader, hf_config: Mapping[str, Any]) -> tuple[
     """A reader for the folder's own way of quantizing, and config.json as the loader is to see it.
 
     Raises:
-        CheckpointError: an AWQ or bitsandbytes folder of a kind that cannot be read.
+        CheckpointError: a folder of a kind that cannot be read.
     """
     record = hf_config.get("quantization_config")
     method = record.get("quant_method") if isinstance(record, Mapping) else None
-    if not isinstance(record, Mapping) or method not in ("awq", "bitsandbytes"):
+    if not isinstance(record, Mapping) or method not in ("awq", "bitsandbytes", "compressed-tensors"):
         return reader, hf_config
+    if method == "compressed-tensors":
+        shown = CompressedTensorsReader(reader, hf_config)
+        return shown, shown.seen_config
     if method == "awq":
         version, bits = str(record.get("version") or "gemm").lower(), record.get("bits", 4)
         if version != "gemm" or bits != 4:
@@ -63,51 +69,8 @@ def foreign_reader(reader: TensorReader, hf_config: Mapping[str, Any]) -> tuple[
             "group_size": record.get("group_size", 128),
         }
         return AwqReader(reader), {**hf_config, "quantization_config": like}
-    config = config_of(hf_config)
-    if any(rule.transposed for rule in family_named(config.family).weight_map(config).rules):
-        raise CheckpointError(
-            f"{reader.folder}: bitsandbytes folders of this family cannot be read",
-            got=config.family,
-            remedy="Use --engine transformers",
-        )
     dense = {key: value for key, value in hf_config.items() if key != "quantization_config"}
-    return BitsAndBytesReader(reader), dense
-
-
-class ConvertingReader(TensorReader):
-    """A reader whose tensors are made of another reader's."""
-
-    def __init__(self, reader: TensorReader) -> None:
-        self.folder: Path = reader.folder
-        self._pickled = {}
-        self._source = reader
-        self.tensors: dict[str, TensorInfo] = {}
-
-    def make(self, name: str) -> Tensor:
-        """The tensor to show under this name, in the dtype and shape that `tensors` says."""
-        raise NotImplementedError
-
-    def read_into(self, name: str, destination: Tensor) -> None:
-        """See `TensorReader.read_into`."""
-        if self.tensors[name] == self._source.tensors.get(name):
-            self._source.read_into(name, destination)
-            return
-        made = self.make(name)
-        if made.shape != destination.shape:
-            raise CheckpointError(
-                f"{self.info(name).path}: {name} has the wrong shape",
-                got=list(made.shape),
-                expected=list(destination.shape),
-            )
-        destination.copy_(made)
-
-    def same(self, name: str, other: str) -> bool:
-        """See `TensorReader.same`."""
-        return torch.equal(self.read(name), self.read(other))
-
-    def _show(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        info = self._source.info(name)
-        self.tensors[name] = TensorInfo(name, dtype, shape, info.path, info.start)
+    return BitsAndBytesReader(reader, config_of(hf_config)), dense
 
 
 class AwqReader(ConvertingReader):
@@ -157,8 +120,9 @@ class BitsAndBytesReader(ConvertingReader):
         CheckpointError: nothing in it is quantized, or a record is malformed.
     """
 
-    def __init__(self, reader: TensorReader) -> None:
+    def __init__(self, reader: TensorReader, config: ModelConfig) -> None:
         super().__init__(reader)
+        self._weight_map = family_named(config.family).weight_map(config)
         self._states: dict[str, tuple[str, dict[str, Any]]] = {}
         hidden: set[str] = set()
         for name in reader.names():
@@ -173,15 +137,23 @@ class BitsAndBytesReader(ConvertingReader):
         if not packed and not self._states:
             raise CheckpointError(f"{reader.folder}: config.json says bitsandbytes, but no weight is quantized")
         for name, info in reader.tensors.items():
-            if name in self._states:
-                self._show(name, torch.float32, tuple(self._states[name][1]["shape"]))
-            elif name in packed:
-                self._show(name, torch.float32, info.shape)
+            if name in self._states or name in packed:
+                rows, columns = info.shape if name in packed else self._states[name][1]["shape"]
+                self._show(name, torch.float32, (columns, rows) if self._is_transposed(name) else (rows, columns))
             elif name not in hidden:
                 self.tensors[name] = info
 
+    def _is_transposed(self, name: str) -> bool:
+        """Whether the family's dense files hold this weight (in, out); here it is always (out, in)."""
+        placement = self._weight_map.canonical(name)
+        return placement is not None and placement.transposed
+
     def make(self, name: str) -> Tensor:
-        """The dense weight, float32."""
+        """The dense weight, float32, as the family's dense files hold it."""
+        made = self._rebuilt(name)
+        return made.t() if self._is_transposed(name) else made
+
+    def _rebuilt(self, name: str) -> Tensor:
         if name not in self._states:
             scales_O = self._source.read(f"{name.removesuffix('weight')}SCB", dtype=torch.float32)
             return self._source.read(name).float() * (scales_O / 127)[:, None]
@@ -198,7 +170,7 @@ class BitsAndBytesReader(ConvertingReader):
                 offset=torch.tensor(float(state["nested_offset"])),
             )
         block_format = BlockFormat(kind=kind, block_size=int(state["blocksize"]), double=double)
-        out = torch.empty(self.tensors[name].shape, dtype=torch.float32)
+        out = torch.empty(tuple(state["shape"]), dtype=torch.float32)
         packed_P = self._source.read(name).reshape(-1).view(torch.uint8)
         if len(packed_P) != -(-out.numel() // 2) or absmax.numel() != block_format.num_blocks(out.numel()):
             raise CheckpointError(f"{self.info(name).path}: {name} does not hold {list(out.shape)} 4-bit weights")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from burnish.compress.quantized_weight import (
     SCALE_DTYPE,
+    SHRINKS,
     Grid,
     QuantizedWeight,
     check_weight,
@@ -21,6 +22,7 @@ from burnish.compress.quantized_weight import (
     trivial_g_idx,
 )
 from burnish.errors import CompressionError
+from burnish.kernels.cpu.quantizing import quantizing_kernels
 
 # O out features, I in features (in the order of quantization), B columns of one block, C columns of one run
 
@@ -80,7 +82,8 @@ def quantize_weight(
         damping: share of the mean diagonal added to the diagonal.
         activation_order: columns in order of falling Hessian diagonal (ties: lower column first); groups follow it.
         scale_search: fit each scale by least squared error, columns weighted by what their errors cost.
-        block_size: columns between two updates of all the rest; does not change the result beyond rounding.
+        block_size: columns between two updates of all the rest where the compiled kernels do not run; does not change
+            the result beyond rounding.
         inverse: of this Hessian, where other linears share it; its damping and order count then.
         name: the layer, for messages.
 
@@ -89,7 +92,7 @@ def quantize_weight(
             definite after damping, a scale beyond float16.
     """
     check_weight(weight, name)
-    out_features, in_features = weight.shape
+    in_features = weight.shape[1]
     if hessian.shape != (in_features, in_features):
         raise CompressionError(
             f"the Hessian of {name} does not fit", got=tuple(hessian.shape), expected=(in_features, in_features)
@@ -98,15 +101,76 @@ def quantize_weight(
     if inverse is None:
         inverse = invert_hessian(hessian, damping=damping, activation_order=activation_order, name=name)
     order_I, factor_II = inverse.order_I, inverse.factor_II
-    # Columns as rows, so that each one is contiguous.
-    weight_IO = weight.detach().float().t()
-    weight_IO = (weight_IO[order_I] if order_I is not None else weight_IO).contiguous()
-    if weight_IO.data_ptr() == weight.data_ptr():
-        weight_IO = weight_IO.clone()
     # What one unit of squared error in a column costs once the columns after it have made up for what they can.
-    importance_I = factor_II.diagonal().square().reciprocal()
+    importance_I = factor_II.diagonal().square().reciprocal() if scale_search else None
+    weight_OI = weight.detach().float()
+    if order_I is not None:
+        weight_OI = weight_OI[:, order_I]
+    kernels = quantizing_kernels(weight.device)
+    if kernels is None:
+        ints_OI, scales_OG, zeros_OG = quantize_columns(
+            weight_OI,
+            factor_II,
+            bits=bits,
+            width=width,
+            symmetric=symmetric,
+            importance_I=importance_I,
+            block_size=block_size,
+            name=name,
+        )
+    else:
+        ints_OI, scales_OG, zeros_OG = kernels.gptq(
+            weight_OI,
+            factor_II,
+            bits=bits,
+            width=width,
+            symmetric=symmetric,
+            shrinks=SHRINKS if scale_search else (),
+            importance_I=importance_I,
+            name=name,
+        )
 
-    ints_IO = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
+    g_idx = trivial_g_idx(in_features, group_size).to(weight.device)
+    if order_I is not None:
+        back_I = torch.argsort(order_I)
+        ints_OI, g_idx = ints_OI[:, back_I], g_idx[back_I]
+    return QuantizedWeight(
+        ints=ints_OI,
+        scales=scales_OG.to(SCALE_DTYPE),
+        zeros=zeros_OG,
+        g_idx=g_idx,
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+def quantize_columns(
+    weight_OI: Tensor,
+    factor_II: Tensor,
+    *,
+    bits: int,
+    width: int,
+    symmetric: bool,
+    importance_I: Tensor | None = None,
+    block_size: int = 128,
+    name: str = "weight",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns in plain torch; twin of `kernels/cpu/quantizing.py`'s `gptq`, and what runs without it or on a GPU.
+
+    Args:
+        weight_OI: float32, columns in the order of quantization; not modified.
+        width: columns that share a scale.
+        importance_I: search for each scale, columns weighted so; None takes the whole range.
+
+    Returns:
+        ints (O, I) uint8, scales (O, G) float32 that float16 holds, zeros (O, G) uint8.
+    """
+    # Columns as rows, so that each one is contiguous.
+    out_features, in_features = weight_OI.shape
+    weight_IO = weight_OI.t().contiguous()
+    if weight_IO.data_ptr() == weight_OI.data_ptr():
+        weight_IO = weight_IO.clone()
+    ints_IO = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight_OI.device)
     grids: list[Grid] = []
     # A block holds whole groups, so that a group's grid is fitted to weights that carry every correction so far.
     step = block_size if width == in_features else max(width, block_size // width * width)
@@ -122,8 +186,8 @@ def quantize_weight(
                         weight_IO[group].t(),
                         bits=bits,
                         symmetric=symmetric,
-                        search=scale_search,
-                        importance_N=importance_I[group] if scale_search else None,
+                        search=importance_I is not None,
+                        importance_N=None if importance_I is None else importance_I[group],
                         name=name,
                     )
                 )
@@ -137,18 +201,10 @@ def quantize_weight(
                 )
         if end < in_features:
             weight_IO[end:].addmm_(factor_II[start:end, end:].t(), errors_BO, alpha=-1.0)
-
-    g_idx = trivial_g_idx(in_features, group_size).to(weight.device)
-    if order_I is not None:
-        back_I = torch.argsort(order_I)
-        ints_IO, g_idx = ints_IO[back_I], g_idx[back_I]
-    return QuantizedWeight(
-        ints=ints_IO.t().contiguous(),
-        scales=torch.stack([grid.scale for grid in grids], dim=1).to(SCALE_DTYPE),
-        zeros=torch.stack([grid.zero for grid in grids], dim=1).to(torch.uint8),
-        g_idx=g_idx,
-        bits=bits,
-        group_size=group_size,
+    return (
+        ints_IO.t().contiguous(),
+        torch.stack([grid.scale for grid in grids], dim=1),
+        torch.stack([grid.zero for grid in grids], dim=1).to(torch.uint8),
     )
 
 
@@ -191,7 +247,7 @@ def inverse_factor(hessian: Tensor, *, damping: float, order_I: Tensor | None = 
         )
     upper_II = lower_II.flip(0, 1)
     identity_II = torch.eye(upper_II.shape[0], dtype=upper_II.dtype, device=upper_II.device)
-    return torch.linalg.solve_triangular(upper_II, identity_II, upper=True).float()
+    return torch.linalg.solve_triangular(upper_II, identity_II, upper=True).float().contiguous()
 
 
 def _runs(start: int, end: int, width: int) -> list[tuple[int, int]]:

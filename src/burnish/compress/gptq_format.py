@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.compress.config import PER_CHANNEL, QuantizeConfig
+from burnish.compress.config import BITS, PER_CHANNEL, QuantizeConfig
 from burnish.compress.group_linear import PACKED, GroupQuantizedLinear
-from burnish.compress.packing import WORD_BITS, num_words
+from burnish.compress.packing import WORD_BITS
 from burnish.compress.quantized_weight import QuantizedWeight
 from burnish.errors import CheckpointError, CompressionError
 from burnish.models.checkpoint_writing import (
@@ -180,11 +180,14 @@ def can_store(config: ModelConfig, name: str, bits: int) -> bool:
     """Whether the family's files can hold this linear at this width: parts of fused ones have to fill whole words."""
     weight_map = family_named(config.family).weight_map(config)
     for placement in weight_map.placements([f"{name}.qweight"]).values():
-        rows = placement.rows
-        if rows is not None:
-            words = num_words(rows.num_rows, bits)
-            return all(count * words % rows.num_rows == 0 for _, count in rows.blocks)
+        if placement.rows is not None:
+            return not _open_blocks(placement.rows, bits)
     return True
+
+
+def _open_blocks(rows: Rows, bits: int) -> list[int]:
+    """Rows of the blocks that end inside a word, where a reader has to cut packed zero points."""
+    return [count for _, count in rows.blocks if count * bits % WORD_BITS] if len(rows.blocks) > 1 else []
 
 
 def save_quantized(
@@ -223,7 +226,7 @@ def save_quantized(
                 got=f"bits {layer.bits}, group_size {layer.group_size}",
                 expected=f"bits {expected_bits}, group_size {config.group_size}",
             )
-    tensors = _dense_tensors(decoder) | _packed_tensors(decoder, linears)
+    tensors = dense_tensors(decoder) | _packed_tensors(decoder, linears)
     write_safetensors_folder(folder, tensors, max_shard_bytes=max_shard_bytes)
     write_config(
         folder,
@@ -244,7 +247,7 @@ def _overrides(decoder: Decoder, config: QuantizeConfig, widths: Mapping[str, in
     return {"dynamic": dynamic} if dynamic else {}
 
 
-def _dense_tensors(decoder: Decoder) -> dict[str, PendingTensor]:
+def dense_tensors(decoder: Decoder) -> dict[str, PendingTensor]:
     """Everything that is not packed: embeddings, norms, output layer and all biases."""
     weight_map = family_named(decoder.config.family).weight_map(decoder.config)
     # Not decoder.state_dict(): it would pack every layer at once for names that are not wanted here.
@@ -261,8 +264,8 @@ def _fused(placement: Placement, parts: list[Tensor]) -> PendingTensor:
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
     def make() -> Tensor:
-        joined = _joined(placement.rows, parts)
-        return joined.t() if placement.transposed else joined
+        whole = joined(placement.rows, parts)
+        return whole.t() if placement.transposed else whole
 
     return PendingTensor(shape[::-1] if placement.transposed else shape, parts[0].dtype, make)
 
@@ -278,7 +281,7 @@ def _packed_tensors(decoder: Decoder, linears: Mapping[str, GroupQuantizedLinear
         if len(present) != len(parts):
             raise CheckpointError(f"{hf_module} is quantized in part only", expected="all or none of its parts")
         shapes = _packed_shapes(present)
-        _check_divides(hf_module, placement.rows, shapes["qzeros"][1])
+        check_divides(hf_module, placement.rows, present[0].bits)
         make = _Packing(hf_module, placement.rows, present)
         for suffix in PACKED:
             dtype = torch.int32 if suffix != "scales" else present[0].scales_dtype
@@ -298,17 +301,15 @@ def _packed_shapes(parts: list[GroupQuantizedLinear]) -> dict[str, tuple[int, ..
     return {name: tuple(getattr(whole, name).shape) for name in PACKED}
 
 
-def _check_divides(hf_module: str, rows: Rows | None, num_words: int) -> None:
+def check_divides(hf_module: str, rows: Rows | None, bits: int) -> None:
     """A reader cuts packed zero points between the parts, which takes parts that fill whole words."""
-    if rows is None:
-        return
-    for _, count in rows.blocks:
-        if count * num_words % rows.num_rows:
-            raise CheckpointError(
-                f"{hf_module} cannot be stored: its parts end inside a packed word",
-                got=f"blocks of {count} rows",
-                remedy="Use 4 or 8 bits",
-            )
+    if rows is not None and (counts := _open_blocks(rows, bits)):
+        fitting = " or ".join(str(other) for other in BITS if not _open_blocks(rows, other))
+        raise CheckpointError(
+            f"{hf_module} cannot be stored: its parts end inside a packed word",
+            got=f"blocks of {counts[0]} rows",
+            remedy=f"Use {fitting} bits" if fitting else None,
+        )
 
 
 class _Packing:
@@ -333,9 +334,9 @@ def _pack(hf_module: str, rows: Rows | None, parts: list[GroupQuantizedLinear]) 
             f"the parts of {hf_module} have different group orders", remedy="Quantize without activation_order"
         )
     whole = QuantizedWeight(
-        ints=_joined(rows, [each.ints for each in quantized]),
-        scales=_joined(rows, [each.scales for each in quantized]),
-        zeros=_joined(rows, [each.zeros for each in quantized]),
+        ints=joined(rows, [each.ints for each in quantized]),
+        scales=joined(rows, [each.scales for each in quantized]),
+        zeros=joined(rows, [each.zeros for each in quantized]),
         g_idx=first.g_idx,
         bits=first.bits,
         group_size=first.group_size,
@@ -344,5 +345,6 @@ def _pack(hf_module: str, rows: Rows | None, parts: list[GroupQuantizedLinear]) 
     return {name: getattr(layer, name) for name in PACKED}
 
 
-def _joined(rows: Rows | None, parts: list[Tensor]) -> Tensor:
+def joined(rows: Rows | None, parts: list[Tensor]) -> Tensor:
+    """Rows of canonical tensors in the order of the files' one."""
     return parts[0] if rows is None else rows.join(parts)

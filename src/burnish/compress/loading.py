@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from burnish.compress.compressed_tensors_reading import CompressedTensorsReader, place_rows
 from burnish.compress.foreign_readers import foreign_reader
 from burnish.compress.gptq_format import GptqFolderConfig, LinearFormat, quantized_linears, read_quantization_config
 from burnish.compress.group_linear import GroupQuantizedLinear
@@ -33,7 +34,8 @@ def load_model(
 
     Quantized linears are those that the weight files hold packed; config.json says their bits and group size. Both
     versions of the layout, any order of groups (g_idx), overrides per module and missing g_idx are understood. AWQ
-    folders become such linears too; what bitsandbytes quantized becomes dense (`foreign_readers`).
+    folders become such linears too, and compressed-tensors ones `Int8Linear` where activations are rounded; what
+    bitsandbytes quantized becomes dense (`foreign_readers`).
 
     Args:
         model: a folder, a bundled model's name or a hub id, as `models.loading.resolve_model` takes it.
@@ -52,6 +54,8 @@ def load_model(
 
     decoder, plain_reader, hf_config = open_checkpoint(folder, dtype=dtype, allow_pickle=allow_pickle)
     reader, seen_config = foreign_reader(plain_reader, hf_config)
+    if isinstance(reader, CompressedTensorsReader):
+        decoder = place_rows(decoder, reader)
     config = read_quantization_config(seen_config)
     if config is not None:
         _place_quantized_linears(decoder, config, reader)

@@ -35,6 +35,8 @@ def pack(values_NC: Tensor, bits: int) -> Tensor:
     Returns:
         (num_words(values, bits), columns), int32.
     """
+    if bits == 4:
+        return _pack_nibbles(values_NC)
     num_values, num_columns = values_NC.shape
     values_per, words_per = _period(bits)
     periods = -(-num_values // values_per)
@@ -81,6 +83,17 @@ def unpack(words_NC: Tensor, bits: int, num_values: int) -> Tensor:
             value_PC = value_PC | ((words_PWC[:, word + 1] << kept) & mask)
         values_PVC[:, index] = value_PC.to(torch.uint8)
     return values_PVC.view(-1, num_columns)[:num_values]
+
+
+def _pack_nibbles(values_NC: Tensor) -> Tensor:
+    """4 bits by way of bytes, as `_unpack_nibbles`."""
+    num_values, num_columns = values_NC.shape
+    words = num_words(num_values, 4)
+    bytes_CN = torch.zeros(num_columns, 4 * words, dtype=torch.uint8, device=values_NC.device)
+    values_CN = values_NC.t().to(torch.uint8)
+    bytes_CN[:, : -(-num_values // 2)] = values_CN[:, 0::2]
+    bytes_CN[:, : num_values // 2] |= values_CN[:, 1::2] << 4
+    return bytes_CN.view(torch.int32).t().contiguous()
 
 
 def _unpack_nibbles(words_NC: Tensor, num_values: int) -> Tensor:

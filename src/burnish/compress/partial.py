@@ -83,6 +83,16 @@ class PartialFolder:
                 shutil.rmtree(self.folder)
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the result."""
+        return self._state["identity"]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What may change its last bits."""
+        return self._state["environment"]
+
+    @property
     def widths(self) -> dict[str, int] | None:
         """Bits of every linear by canonical name, where they were chosen one by one before."""
         return self._state["widths"]

@@ -19,6 +19,8 @@ SCALE_DTYPE = torch.float16
 
 SEARCH_STEPS = 24
 SEARCH_SMALLEST = 0.45
+SHRINKS = tuple(1.0 - (1.0 - SEARCH_SMALLEST) * step / SEARCH_STEPS for step in range(1, SEARCH_STEPS + 1))
+"""Shares of a group's range that a search for its scale tries, beside the whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,9 @@ def check_weight(weight_OI: Tensor, name: str) -> None:
         raise CompressionError(
             f"{name} cannot be quantized", got=f"shape {tuple(weight_OI.shape)}", expected="a matrix"
         )
+    if bool(torch.isfinite(weight_OI.sum(dtype=torch.float32))):
+        return
+    # Large finite weights overflow the sum as well.
     bad = int((~torch.isfinite(weight_OI)).sum())
     if bad:
         raise CompressionError(
@@ -158,8 +163,7 @@ def fit_grid(
         return whole
     best_scale_O = whole.scale.clone()
     best_O = _squared_error(whole, weight_ON, importance_N)
-    for step in range(1, SEARCH_STEPS + 1):
-        shrink = 1.0 - (1.0 - SEARCH_SMALLEST) * step / SEARCH_STEPS
+    for shrink in SHRINKS:
         candidate = Grid(scale=_storable(scale_O * shrink, name), zero=zero_O, max_int=max_int)
         error_O = _squared_error(candidate, weight_ON, importance_N)
         better_O = error_O < best_O

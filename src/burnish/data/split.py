@@ -7,6 +7,7 @@ so do the answers of one conversation.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ def check_split(amount: float) -> None:
     Raises:
         ConfigError: it is neither.
     """
-    if not amount > 0 or (amount >= 1 and amount != int(amount)):
+    if not 0 < amount < math.inf or (amount >= 1 and amount != int(amount)):
         raise ConfigError(
             "the part for evaluation is out of range",
             got=f"{amount:g}",

@@ -265,8 +265,9 @@ def _against_fusing(parts: Sequence[nn.Module]) -> str | None:
     groups = [part for part in parts if isinstance(part, GroupQuantizedLinear)]
     if not groups:
         return None
-    if len({(layer.bits, layer.group_size) for layer in groups}) > 1:
-        return "linears with the same input have different bits or groups"
+    # Up to 4 bits are laid out alike.
+    if len({(layer.bits <= 4, layer.group_size) for layer in groups}) > 1:
+        return "linears with the same input have 8 bits and fewer, or different groups"
     first = groups[0]
     if any(layer.scales_dtype != torch.float16 for layer in groups):
         return "its scales are not float16"

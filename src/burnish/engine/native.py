@@ -203,17 +203,20 @@ class NativeEngine:
         pairs = self._requests_of.pairs(prompts, params)
         names = adapter_of_each(adapter, len(pairs))
         every = enumerate(zip(pairs, names))
-        return self._run_all([self._make(*pair, adapter=name, index=index) for index, (pair, name) in every])
+        return self._run_all([self.prepare(*pair, adapter=name, index=index) for index, (pair, name) in every])
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> Generator[StreamEvent, None, None]:
         """See `Engine.stream`; `adapter` as in `generate`."""
-        return self._run_streaming(self._make(prompt, one_answer(params), adapter=adapter, index=0))
+        return self._run_streaming(self.prepare(prompt, one_answer(params), adapter=adapter, index=0))
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None) -> int:
         """Queue a request for callers that drive `step` themselves; returns its id, which is its output's `index`."""
-        request = self._make(prompt, params or SamplingParams(), adapter=adapter)
+        return self.enqueue(self.prepare(prompt, params or SamplingParams(), adapter=adapter))
+
+    def enqueue(self, request: Request) -> int:
+        """Queue a prepared request; as `submit`."""
         request.followed = True
         self._add(request)
         return request.request_id
@@ -248,11 +251,11 @@ class NativeEngine:
 
     def step(self) -> list[RequestOutput]:
         """Run one batch; returns the requests that it finished."""
-        return [request.output() for request in self._step() if request.finished]
+        return [request.output() for request in self.advance() if request.finished]
 
     def step_events(self) -> list[tuple[int, StreamEvent]]:
         """As `step`, for callers of `submit` that want every token: request ids with what is new, the end included."""
-        events = [(request.request_id, request.event()) for request in self._step() if request.followed]
+        events = [(request.request_id, request.event()) for request in self.advance() if request.followed]
         return [(request_id, event) for request_id, event in events if event is not None]
 
     def warm_up(self) -> float:
@@ -306,9 +309,10 @@ class NativeEngine:
             tokens_per_s=self._clock.tokens_per_s(),
         )
 
-    def _make(
-        self, prompt: Prompt, params: SamplingParams, *, adapter: str | None, index: int | None = None
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams, *, adapter: str | None = None, index: int | None = None
     ) -> Request:
+        """Check a request; nothing runs yet. The one method that other threads may call, as it may take seconds."""
         self._adapters.check(adapter)
         sequences = self._requests_of.make_choices(prompt, params, index=index)
         for sequence in sequences:
@@ -335,7 +339,7 @@ class NativeEngine:
                 self._add(request)
             for request in requests:
                 while not request.finished:
-                    self._step()
+                    self.advance()
                 yield request.output()
         finally:
             for request in requests:
@@ -345,14 +349,14 @@ class NativeEngine:
         try:
             self._add(request)
             while not request.finished:
-                self._step()
+                self.advance()
                 event = request.event(with_text=True)
                 if event is not None:
                     yield event
         finally:
             self.abort(request.request_id)
 
-    def _step(self) -> list[Request]:
+    def advance(self) -> list[Request]:
         """Run one batch; returns the requests that got on, each finished one once."""
         started = time.perf_counter()
         before = self.runner.output_tokens

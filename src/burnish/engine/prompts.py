@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from burnish.engine.text_stream import PieceDecoder
 from burnish.errors import RequestError
 
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompt:
+    """A prompt that somebody else has turned into ids.
+
+    Attributes:
+        is_chat: it came from chat messages, so that the answer is a text of its own.
+    """
+
+    ids: Sequence[int]
+    text: str | None = None
+    is_chat: bool = False
+
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]] | EncodedPrompt
 
 
 class TextTokenizer(Protocol):
@@ -46,7 +61,9 @@ def encode_prompt(prompt: Prompt, tokenizer: TextTokenizer | None, *, vocab_size
         DataError: the messages or the tokenizer's chat template are at fault.
     """
     text: str | None = None
-    if isinstance(prompt, str):
+    if isinstance(prompt, EncodedPrompt):
+        text, ids = prompt.text, list(prompt.ids)
+    elif isinstance(prompt, str):
         text = prompt
         ids = _needed(tokenizer).encode_prompt(prompt)
     elif not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
@@ -75,7 +92,10 @@ def answer_decoder(tokenizer: TextTokenizer | None, prompt: Prompt, prompt_ids: 
     """
     if tokenizer is None:
         return NoText()
-    is_chat = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
+    if isinstance(prompt, EncodedPrompt):
+        is_chat = prompt.is_chat
+    else:
+        is_chat = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
     if not is_chat:
         decoder = tokenizer.stream_decoder()
         # A last token that gives no text yet (part of a character) would leak into the answer.

@@ -1,7 +1,6 @@
 """Speed of an engine under a workload: throughput, time to the first token, time per token, memory.
 
-Loading, optimising, warming up and the steady state are timed apart. Outputs have an exact length (end tokens are
-passed over), so that every repeat does the same work.
+Loading, optimising, warming up and the steady state are timed apart. End tokens end no answer: all have their length.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from statistics import median
 from typing import Any, Protocol
 
@@ -198,14 +198,13 @@ class _Session:
             )
         self.engine = engine
         self.workload = workload
-        self._vocab_size = vocab_size or _vocab_size(engine)
-        self._turn = 0
+        size = vocab_size or _vocab_size(engine)
+        self._prompts = (workload.prompts(size, turn=turn) for turn in count())
         self.params = SamplingParams(max_tokens=workload.output_tokens, temperature=0.0, ignore_eos=True)
 
     def run_once(self) -> Repeat:
         """Send all prompts, `concurrency` at a time, and check that every token asked for came back."""
-        prompts = self.workload.prompts(self._vocab_size, turn=self._turn)
-        self._turn += 1
+        prompts = next(self._prompts)
         outputs: list[RequestOutput] = []
         step = self.workload.concurrency
         started = time.perf_counter()

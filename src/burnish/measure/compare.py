@@ -14,6 +14,7 @@ from torch import Tensor
 
 from burnish.errors import ConfigError
 from burnish.measure.intervals import percentile
+from burnish.measure.paired import TaskComparison
 from burnish.measure.scoring import (
     LabelledTokens,
     LanguageModel,
@@ -129,7 +130,7 @@ class GateLimits:
     max_perplexity_ratio: float | None = None
     """Child's perplexity over parent's."""
     max_score_drop: float | None = None
-    """Parent's score less child's."""
+    """Parent's score less child's. Of paired answers a larger drop counts when it is not chance: see `paired`."""
     min_score: float | None = None
 
     def __post_init__(self) -> None:
@@ -167,6 +168,7 @@ class Gate:
         *,
         score: float | None = None,
         parent_score: float | None = None,
+        task: TaskComparison | None = None,
         worst_layers: Sequence[tuple[str, float]] = (),
     ) -> Verdict:
         """Hold the figures against the limits. A figure that is NaN breaks its limit.
@@ -175,6 +177,7 @@ class Gate:
             comparison: needed for the limits on KL, agreement and perplexity.
             score: the child's task score, needed for the limits on the score.
             parent_score: the parent's, needed for `max_score_drop`.
+            task: both models' answers to the same questions, instead of these two.
             worst_layers: (name, error), named in the reasons when the child fails.
 
         Raises:
@@ -195,9 +198,12 @@ class Gate:
         at_most("p99 KL", comparison and comparison.kl_p99, limits.max_kl_p99)
         at_least("greedy agreement", comparison and comparison.greedy_agreement, limits.min_greedy_agreement)
         at_most("perplexity ratio", comparison and _perplexity_ratio(comparison), limits.max_perplexity_ratio)
-        drop = None if score is None or parent_score is None else parent_score - score
-        at_most("score drop", drop, limits.max_score_drop)
-        at_least("score", score, limits.min_score)
+        if task is None:
+            drop = None if score is None or parent_score is None else parent_score - score
+            at_most("score drop", drop, limits.max_score_drop)
+        elif limits.max_score_drop is not None:
+            reasons += task.losses(limits.max_score_drop)
+        at_least("score", score if task is None else task.score, limits.min_score)
         if reasons and worst_layers:
             worst = sorted(worst_layers, key=lambda layer: -layer[1])[:3]
             reasons.append("worst layers: " + ", ".join(f"{name} ({error:.3g})" for name, error in worst))

@@ -32,7 +32,7 @@ from burnish.measure.report_plots import draw_plots
 from burnish.measure.report_text import peak_ratio, stage_time
 from burnish.measure.run_record import LossPoint, RunRecord, Sample, Stage, Variant
 
-MOST_SAMPLES = 3
+MOST_SAMPLES = 40
 _WORD = re.compile(r"\s+|'[^']*'|\w+|[^\w\s]")
 
 

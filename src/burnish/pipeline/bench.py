@@ -11,6 +11,7 @@ from burnish.models.checkpoint import read_config
 from burnish.models.loading import load_config, resolve_model
 from burnish.pipeline.opening import EngineOptions, Source, open_engine
 from burnish.pipeline.progress import Progress, silent
+from burnish.plan.source import quantization_label
 
 
 def bench(
@@ -120,8 +121,4 @@ def quantization_of(model: str, source: Source) -> str | None:
     if is_adapter_folder(model):
         return None
     folder = resolve_model(model, revision=source.revision, offline=source.offline, allow_pickle=source.allow_pickle)
-    config = read_config(folder).get("quantization_config")
-    if not isinstance(config, dict):
-        return None
-    bits = config.get("bits")
-    return f"{config.get('quant_method', 'quantized')}-{bits}bit" if bits else str(config.get("quant_method"))
+    return quantization_label(read_config(folder))

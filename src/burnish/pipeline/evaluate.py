@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from burnish.data.rows import Row
+from burnish.data.rows import Row, RowSet
 from burnish.data.templates import Template, row_prompt_tokens
 from burnish.data.tokenizer import Tokenizer
 from burnish.engine.protocol import Engine
 from burnish.errors import ConfigError
-from burnish.measure.compare import compare_models
+from burnish.measure.compare import Comparison, GateLimits, compare_models
 from burnish.measure.evaluate import SqlScore, TextScore, evaluate_sql, evaluate_text
+from burnish.measure.paired import TaskComparison, compare_answers
 from burnish.measure.perplexity import perplexity
+from burnish.models.checkpoint import read_config
 from burnish.pipeline.examples import DataConfig, prepare, read_data
-from burnish.pipeline.manifest import GOLDEN_TEXT
+from burnish.pipeline.gates import GateOptions, GateResult, is_made_from, judge, layer_errors, limits_of_child
+from burnish.pipeline.manifest import GOLDEN_TEXT, fingerprint_folder, read_manifest
 from burnish.pipeline.opening import Opened, Source, data_of, engine_of, open_decoder, quantize_of
 from burnish.pipeline.progress import Progress, silent
 from burnish.pipeline.text_rows import read_texts
@@ -27,7 +30,8 @@ TASKS = ("text-to-sql", "perplexity", "bleu")
 class EvalRecord:
     """What `burnish eval --json` prints; fields that the task does not give are None.
 
-    `score` is in 0..1 (BLEU: 0..100). The KL is KL(parent || child) in nats per token.
+    `score` is in 0..1 (BLEU: 0..100). The KL is KL(parent || child) in nats per token. `gate` is the
+    verdict beside the parent: of a child that has limits of its own, or where limits were given.
     """
 
     task: str
@@ -49,6 +53,7 @@ class EvalRecord:
     seconds: float | None = None
     by_kind: dict[str, dict[str, Any]] | None = None
     answers: list[dict[str, Any]] | None = None
+    gate: GateResult | None = None
     num_bad_rows: int = 0
     quantize: str = "none"
 
@@ -63,6 +68,7 @@ def evaluate(
     max_tokens: int = 128,
     quantize: str = "none",
     weights_cache: bool = True,
+    gate_options: GateOptions | None = None,
     source: Source | None = None,
     progress: Progress = silent,
 ) -> EvalRecord:
@@ -73,10 +79,12 @@ def evaluate(
         task: "text-to-sql" (execution accuracy where rows bring a database, exact match elsewhere), "bleu" (against the
             rows' answers) or "perplexity" (of rows or of a text file).
         data: the rows; the bundled task's test rows when None.
-        against: the parent, for KL and greedy agreement on the same rows.
+        against: the parent: KL and greedy agreement on the same rows, and its answers beside the model's.
         adapter: an adapter to put on the model.
         max_tokens: of one answer.
         quantize, weights_cache: of the model, as in `EngineOptions`; the parent runs as it is.
+        gate_options: limits to judge the model by; else, beside the model it was made from, those it was made under,
+            or those of its bits.
 
     Raises:
         ConfigError, CheckpointError, DataError: bad input.
@@ -90,7 +98,7 @@ def evaluate(
         data = DataConfig(source="text-to-sql:test:300")
     opened = open_decoder(model, source, adapter=adapter, quantize=quantize, weights_cache=weights_cache)
     if task == "perplexity":
-        return _evaluate_perplexity(opened, data, against, source)
+        return _evaluate_perplexity(opened, data, against, source, gate_options)
     rows = read_data(data)
     template = template_for(opened, data, rows)
     engine = engine_of(opened)
@@ -111,7 +119,9 @@ def evaluate(
         record |= {"metric": "BLEU", "score": score.bleu, "answers": score.to_dict()["answers"]}
     record |= {"num_rows": score.num_rows, "exact_match": score.exact_match, "seconds": score.seconds}
     if against is not None:
-        record |= _beside(opened, against, data, template.name, source)
+        record |= _beside(
+            opened, score, rows, against, data, template, source, gate_options, max_tokens=max_tokens, progress=progress
+        )
     return EvalRecord(
         task=task,
         model=model,
@@ -156,18 +166,60 @@ def score_rows(
     return run(engine, rows, render=render, max_tokens=max_tokens, on_progress=on_progress)
 
 
-def _beside(opened: Opened, against: str, data: DataConfig, template: str, source: Source) -> dict[str, Any]:
-    """KL and agreement with the parent on the rows' answers."""
+def _beside(
+    opened: Opened,
+    score: SqlScore | TextScore,
+    rows: RowSet,
+    against: str,
+    data: DataConfig,
+    template: Template,
+    source: Source,
+    gate_options: GateOptions | None,
+    *,
+    max_tokens: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """KL and agreement with the parent on the rows' answers, the parent's own answers, and the verdict."""
     parent = _open_parent(opened, against, source)
     longest = opened.decoder.config.max_position_embeddings
-    examples = prepare(_with_template(data, template), opened.tokenizer, longest=longest).examples
+    examples = prepare(_with_template(data, template.name), opened.tokenizer, longest=longest).examples
     comparison = compare_models(opened.decoder, parent.decoder, examples.examples)
+    task = None
+    if isinstance(score, SqlScore):
+        theirs = score_rows(
+            engine_of(parent), rows.rows, parent.tokenizer, template, max_tokens=max_tokens, progress=progress
+        )
+        assert isinstance(theirs, SqlScore)
+        task = compare_answers(theirs, score)
+    return _figures(opened, parent, comparison, gate_options, task)
+
+
+def _figures(
+    opened: Opened,
+    parent: Opened,
+    comparison: Comparison,
+    gate_options: GateOptions | None,
+    task: TaskComparison | None = None,
+) -> dict[str, Any]:
+    manifest = None if opened.adapter is not None else read_manifest(opened.folder)
+    options = gate_options or GateOptions()
+    limits = None
+    if opened.adapter is None and (
+        manifest is None or is_made_from(manifest, fingerprint_folder(parent.adapter or parent.folder))
+    ):
+        limits = limits_of_child(manifest, read_config(opened.folder))
+    if limits is None and options.any_limit:
+        limits = GateLimits()
+    gate = None
+    if limits is not None:
+        gate = judge(comparison, options.applied(limits), layers=layer_errors(manifest), task=task)
     return {
         "kl_mean": comparison.kl_mean,
         "kl_p99": comparison.kl_p99,
         "greedy_agreement": comparison.greedy_agreement,
         "perplexity": comparison.perplexity_child,
         "num_tokens": comparison.num_tokens,
+        "gate": gate,
     }
 
 
@@ -194,7 +246,9 @@ def _with_template(data: DataConfig, template: str) -> DataConfig:
     return replace(data, template=template)
 
 
-def _evaluate_perplexity(opened: Opened, data: DataConfig, against: str | None, source: Source) -> EvalRecord:
+def _evaluate_perplexity(
+    opened: Opened, data: DataConfig, against: str | None, source: Source, gate_options: GateOptions | None
+) -> EvalRecord:
     texts = read_texts(data.source, opened.tokenizer, limit=data.limit)
     template = None
     positions = "all"
@@ -214,13 +268,7 @@ def _evaluate_perplexity(opened: Opened, data: DataConfig, against: str | None, 
     else:
         parent = _open_parent(opened, against, source)
         comparison = compare_models(opened.decoder, parent.decoder, sequences, positions=positions)
-        figures = {
-            "perplexity": comparison.perplexity_child,
-            "num_tokens": comparison.num_tokens,
-            "kl_mean": comparison.kl_mean,
-            "kl_p99": comparison.kl_p99,
-            "greedy_agreement": comparison.greedy_agreement,
-        }
+        figures = _figures(opened, parent, comparison, gate_options)
     return EvalRecord(
         task="perplexity",
         model=opened.name,

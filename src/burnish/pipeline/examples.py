@@ -97,10 +97,8 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, longest: int | None = N
     return Prepared(rows=rows, template=template, examples=examples)
 
 
-def held_out(
-    tokenizer: Tokenizer, *, data: str | None, recorded: Mapping[str, object] | None, longest: int
-) -> ExampleSet:
-    """Texts for a gate: the data given, else what the model was evaluated on while tuning, else the bundled task's.
+def held_out_config(*, data: str | None, recorded: Mapping[str, object] | None) -> DataConfig:
+    """Where held-out rows come from: as given, else as the model was evaluated while tuning, else the bundled task's.
 
     Args:
         data: a source that the user named.
@@ -108,13 +106,18 @@ def held_out(
     """
     recorded = recorded or {}
     source = data or recorded.get("eval_source") or GATE_DATA
-    template = str(recorded.get("template") or "auto")
     columns = recorded.get("columns")
-    config = DataConfig(
+    return DataConfig(
         source=str(source),
-        template=template,
+        template=str(recorded.get("template") or "auto"),
         columns=columns if isinstance(columns, Mapping) and source == recorded.get("eval_source") else None,
         max_length=512,
         limit=64,
     )
-    return prepare(config, tokenizer, longest=longest).examples
+
+
+def held_out(
+    tokenizer: Tokenizer, *, data: str | None, recorded: Mapping[str, object] | None, longest: int
+) -> ExampleSet:
+    """Texts for a gate, of `held_out_config`."""
+    return prepare(held_out_config(data=data, recorded=recorded), tokenizer, longest=longest).examples

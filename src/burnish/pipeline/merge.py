@@ -20,12 +20,13 @@ from burnish.models.decoder import Decoder
 from burnish.models.loading import parse_dtype, save_decoder
 from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import held_out
-from burnish.pipeline.gates import MERGE_LIMITS, GateResult, gate_error, judge
+from burnish.pipeline.gates import MERGE_LIMITS, GateOptions, GateResult, gate_error, judge
 from burnish.pipeline.manifest import describe_input, write_manifest
 from burnish.pipeline.merge_choice import ONTO, MergeTrial, better, trial_of
 from burnish.pipeline.opening import Opened, Source, base_of_adapter, check_output, data_of, open_decoder
 from burnish.pipeline.predicted import predicted_merge_peak
 from burnish.pipeline.progress import Progress, silent
+from burnish.pipeline.task_gate import compare_on_task
 from burnish.train.adapter import load_adapter
 from burnish.train.adapter_sums import check_weights, load_adapters
 from burnish.train.lora import merge_adapter
@@ -70,6 +71,7 @@ def merge(
     source: Source | None = None,
     data: str | None = None,
     limits: GateLimits = MERGE_LIMITS,
+    gate_options: GateOptions | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> MergeRecord:
@@ -88,11 +90,13 @@ def merge(
         onto: "original", "dequantized" (adapters that say how their base was quantized) or "auto".
         dtype: of the written weights; "auto" keeps what the base's files hold.
         data: held-out rows for the gate; by default those the adapter was evaluated with, else the bundled task's.
+        gate_options: how many answers the gate compares, and limits in the place of `limits`.
 
     Raises:
         ConfigError, CheckpointError: bad input.
         GateError: the merged model is not what the adapters were.
     """
+    gate_options = gate_options or GateOptions()
     folder = check_output(out, overwrite=overwrite)
     merging = _Merging(adapter, weights, base=base, onto=onto, source=source or Source())
     asked = parse_dtype(dtype) if dtype != "auto" else None
@@ -122,8 +126,18 @@ def merge(
             parent = merging.open(None)
         child = load_model(folder, dtype=torch.float32, device=merging.source.device)
         progress("Merging", 3, 4, "comparing")
-        gate = judge(compare_models(child, parent.decoder, examples), limits)
-        progress("Merging", 4, 4, gate.verdict)
+        comparison = compare_models(child, parent.decoder, examples)
+        progress("Merging", 4, 4, "compared")
+    task = compare_on_task(
+        child,
+        parent.decoder,
+        parent.tokenizer,
+        data=data,
+        recorded=data_of(parent),
+        num_rows=gate_options.rows,
+        progress=progress,
+    )
+    gate = judge(comparison, gate_options.applied(limits), task=task)
     record = MergeRecord(
         out=str(folder),
         adapter=" + ".join(merging.adapters),

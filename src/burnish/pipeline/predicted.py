@@ -108,6 +108,7 @@ def predicted_quantize_peak(decoder: Decoder, *, config: QuantizeConfig, num_tok
         dtype=str(decoder.dtype).removeprefix("torch."),
         bits=config.bits,
         group_size=config.group_size,
+        hessians=config.corrects or config.scales,
         calibration_tokens=max(1, num_tokens),
         calibration_batch_tokens=config.batch_tokens,
     )

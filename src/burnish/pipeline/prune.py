@@ -22,12 +22,13 @@ from burnish.models.decoder import Decoder
 from burnish.models.loading import parse_dtype, save_decoder
 from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import DataConfig, held_out, prepare
-from burnish.pipeline.gates import PRUNE_LIMITS, GateResult, gate_error, judge
+from burnish.pipeline.gates import PRUNE_LIMITS, GateOptions, GateResult, gate_error, judge
 from burnish.pipeline.manifest import write_manifest
 from burnish.pipeline.opening import Opened, Source, check_output, data_of, open_decoder
 from burnish.pipeline.progress import Progress, silent
 from burnish.pipeline.recovery import RecoverConfig, Recovery
 from burnish.pipeline.recovery import recover as learn_again
+from burnish.pipeline.task_gate import compare_on_task
 from burnish.pipeline.training_data import Row
 
 ZEROS_COST = (
@@ -74,6 +75,7 @@ def prune(
     template: str = "auto",
     data: str | None = None,
     limits: GateLimits | None = None,
+    gate_options: GateOptions | None = None,
     source: Source | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -91,6 +93,7 @@ def prune(
         template: how those rows are rendered, where the manifest does not say.
         data: held-out rows for the gate; defaults as in `merge`.
         limits: what the child may lose; `PRUNE_LIMITS` of the method, or of a recovered child, when None.
+        gate_options: how many answers the gate compares, and limits in the place of those.
 
     Raises:
         ConfigError, CheckpointError, DataError: bad input, or a smaller shape that no config.json says.
@@ -98,6 +101,7 @@ def prune(
         GateError: the child is worse than the limits allow; its manifest says so and names the worst layers.
     """
     config, source = config or PruneConfig(), source or Source()
+    gate_options = gate_options or GateOptions()
     limits = limits or PRUNE_LIMITS[config.method if recover is None else "recovered"]
     if num_samples < 1:
         raise ConfigError("samples is out of range", got=num_samples, expected="1 or more")
@@ -132,7 +136,17 @@ def prune(
         parameters = child.config.num_parameters()
         del child
         stored = load_model(folder, dtype=parent.decoder.dtype, device=source.device)
-        gate = judge(compare_models(stored, parent.decoder, gate_examples.examples), limits, layers=result.layers)
+        comparison = compare_models(stored, parent.decoder, gate_examples.examples)
+    task = compare_on_task(
+        stored,
+        parent.decoder,
+        parent.tokenizer,
+        data=data,
+        recorded=recorded,
+        num_rows=gate_options.rows,
+        progress=progress,
+    )
+    gate = judge(comparison, gate_options.applied(limits), layers=result.layers, task=task)
     record = PruneRecord(
         out=str(folder),
         model=model,

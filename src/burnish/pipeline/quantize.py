@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from burnish.compress.config import MixedPrecision, QuantizeConfig
-from burnish.compress.gptq_format import save_quantized
+from burnish.compress.folder_formats import quantize_for_folder
 from burnish.compress.loading import load_model
-from burnish.compress.quantize import LayerError, QuantizeResult, quantize_model
+from burnish.compress.quantize import LayerError
+from burnish.compress.rounded_cache import KV_DTYPES, RoundedCacheModel
 from burnish.errors import BurnishError, ConfigError, DataError
 from burnish.measure.compare import GateLimits, compare_models
 from burnish.measure.json_values import to_plain
@@ -19,11 +20,14 @@ from burnish.measure.memory import MemoryMeter
 from burnish.models.checkpoint import read_config
 from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import DataConfig, held_out, prepare
-from burnish.pipeline.gates import QUANTIZE_LIMITS, GateResult, gate_error, judge
+from burnish.pipeline.gates import GateOptions, GateResult, gate_error, judge, quantize_limits
 from burnish.pipeline.manifest import write_manifest
 from burnish.pipeline.opening import Opened, Source, check_output, data_of, open_decoder
 from burnish.pipeline.predicted import predicted_quantize_peak
 from burnish.pipeline.progress import Progress, silent, tell_nobody
+from burnish.pipeline.qat import TRAINABLE, Qat, QatConfig, check_qat, rotated, train_quantized
+from burnish.pipeline.task_gate import compare_on_task
+from burnish.pipeline.training_data import Row
 from burnish.pipeline.unfinished_quantization import check_resume, is_unfinished, open_partial
 
 
@@ -46,6 +50,9 @@ class QuantizeRecord:
     layers: list[LayerError]
     gate: GateResult
     widths: Mapping[str, int]
+    qat: Qat | None = None
+    format: str = "gptq"
+    kv_dtype: str = "auto"
 
 
 def quantize(
@@ -54,13 +61,14 @@ def quantize(
     out: str | Path,
     config: QuantizeConfig | None = None,
     mixed: MixedPrecision | None = None,
+    qat: QatConfig | None = None,
     calibration: str | None = None,
     num_samples: int = 128,
     template: str = "auto",
     data: str | None = None,
     limits: GateLimits | None = None,
-    max_kl: float | None = None,
-    min_agreement: float | None = None,
+    gate_options: GateOptions | None = None,
+    kv_dtype: str = "auto",
     source: Source | None = None,
     resume: str = "auto",
     overwrite: bool = False,
@@ -71,16 +79,18 @@ def quantize(
 
     Args:
         model: folder, bundled name or hub id of a dense model.
-        out: folder for the child, in the common GPTQ layout.
+        out: folder for the child, in the config's layout.
         config: method, bits, groups; GPTQ at 4 bits in groups of 128 when None.
         mixed: choose each linear's bits by what its rounding costs, within a budget.
-        calibration: rows to calibrate on; by default the training rows that the model's manifest names, else the
-            bundled task's training rows. Never evaluation rows.
+        qat: then train the integers and scales, with the rounding in every forward (`rtn` and `gptq`).
+        calibration: rows to calibrate on and to train with; by default the training rows that the model's manifest
+            names, else the bundled task's training rows. Never evaluation rows.
         num_samples: calibration examples.
         template: how calibration rows are rendered, where the manifest does not say.
         data: held-out rows for the gate; defaults as in `merge`.
         limits: what the child may lose; by bits when None, with mixed precision by their average.
-        max_kl, min_agreement: take the place of the limits' own.
+        gate_options: how many answers the gate compares, and limits in the place of those.
+        kv_dtype: "int8" holds the child against its parent as it will be with a KV cache of 8 bits.
         resume: "auto" goes on with the unfinished quantization that `out` holds, if it holds one; "never" begins anew.
         notify: told what is gone on from.
 
@@ -90,9 +100,14 @@ def quantize(
         GateError: the child is worse than the limits allow; its manifest says so and names the worst layers.
     """
     config, source = config or QuantizeConfig(), source or Source()
+    gate_options = gate_options or GateOptions()
     if num_samples < 1:
         raise ConfigError("samples is out of range", got=num_samples, expected="1 or more")
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError("kv_dtype is not known", got=repr(kv_dtype), expected=" or ".join(KV_DTYPES))
     check_resume(resume)
+    if qat is not None:
+        check_qat(config)
     folder = check_output(out, overwrite=overwrite or (resume == "auto" and is_unfinished(Path(out))))
     with MemoryMeter() as meter:
         parent = open_decoder(model, source)
@@ -102,7 +117,9 @@ def quantize(
             raise ConfigError(f"{model} is quantized already", remedy="Start from its dense parent.")
         longest = parent.decoder.config.max_position_embeddings
         recorded = data_of(parent)
-        tokens, calibration_source = _calibration(parent, config, mixed, calibration, num_samples, template)
+        rows, calibration_source = _rows(parent, config, mixed, qat, calibration, num_samples, template)
+        calibrates = mixed is not None or config.needs_calibration
+        tokens = [list(row.tokens) for row in rows[:num_samples]] if calibrates else None
         gate_examples = held_out(parent.tokenizer, data=data, recorded=recorded, longest=longest)
         if calibration_source is not None and data == calibration_source:
             raise DataError(
@@ -129,19 +146,35 @@ def quantize(
             progress("Measuring what each layer costs", count, units)
 
         try:
-            result = quantize_model(
+            result, save = quantize_for_folder(
                 child, tokens, config, mixed=mixed, on_layer=on_layer, on_unit=on_unit, partial=partial
             )
         except BurnishError:
             if not partial.finished:  # nothing to go on from
                 partial.clear()
             raise
-        save_quantized(child, folder, source=parent.folder, config=result.config, widths=result.widths)
-        limits = _limits(limits, result, max_kl, min_agreement)
-        del child
+        trained = None
+        if qat is not None:
+            dense = rotated(parent, source) if config.rotate else parent.decoder
+            trained = train_quantized(child, dense, rows, qat, partial=partial, progress=progress, notify=notify)
+        save(folder, parent.folder)
+        del child, save
         stored = load_model(folder, dtype=parent.decoder.dtype, device=source.device)
-        gate = judge(compare_models(stored, parent.decoder, gate_examples.examples), limits, layers=result.layers)
+        compared = stored if kv_dtype == "auto" else RoundedCacheModel(stored)
+        comparison = compare_models(compared, parent.decoder, gate_examples.examples)
     partial.clear()
+    task = compare_on_task(
+        stored,
+        parent.decoder,
+        parent.tokenizer,
+        data=data,
+        recorded=recorded,
+        num_rows=gate_options.rows,
+        kv_dtype=kv_dtype,
+        progress=progress,
+    )
+    limits = limits or quantize_limits(result.bits_per_weight if result.widths else result.config.bits)
+    gate = judge(comparison, gate_options.applied(limits), layers=result.layers, task=task)
     record = QuantizeRecord(
         out=str(folder),
         model=model,
@@ -158,12 +191,17 @@ def quantize(
         layers=list(result.layers),
         gate=gate,
         widths=result.widths,
+        qat=trained,
+        format=config.layout,
+        kv_dtype=kv_dtype,
     )
     write_manifest(
         folder,
         kind="quantized",
         inputs={"model": parent.as_input()},
-        config=to_plain(result.config) | ({} if mixed is None else {"mixed_precision": to_plain(mixed)}),
+        config=to_plain(result.config)
+        | ({} if mixed is None else {"mixed_precision": to_plain(mixed)})
+        | ({} if qat is None else {"qat": to_plain(qat)}),
         data=recorded,
         figures=to_plain(record),
         gate=to_plain(gate),
@@ -171,37 +209,26 @@ def quantize(
     )
     if not gate.passed:
         width = f"{config.bits}-bit" if mixed is None else "mixed-precision"
-        raise gate_error(f"the {width} model {folder}", gate, remedy=_remedy(config, mixed))
+        raise gate_error(f"the {width} model {folder}", gate, remedy=_remedy(config, mixed, qat, result.layers))
     return record
 
 
-def _limits(
-    limits: GateLimits | None, result: QuantizeResult, max_kl: float | None, min_agreement: float | None
-) -> GateLimits:
-    """The limits that were given, or those of the widest width that the child is on average."""
-    if limits is None:
-        bits = result.bits_per_weight if result.widths else result.config.bits
-        limits = QUANTIZE_LIMITS[max((width for width in QUANTIZE_LIMITS if width <= bits), default=2)]
-    return replace(
-        limits,
-        max_kl_mean=limits.max_kl_mean if max_kl is None else max_kl,
-        min_greedy_agreement=limits.min_greedy_agreement if min_agreement is None else min_agreement,
-    )
-
-
-def _calibration(
+def _rows(
     parent: Opened,
     config: QuantizeConfig,
     mixed: MixedPrecision | None,
+    qat: QatConfig | None,
     calibration: str | None,
     num_samples: int,
     template: str,
-) -> tuple[list[list[int]] | None, str | None]:
-    """Token sequences to calibrate on and where they come from; None for a method that needs none."""
-    if config.method == "rtn" and mixed is None:
+) -> tuple[Sequence[Row], str | None]:
+    """Examples to calibrate on and to train with, and where they come from; none where none are needed."""
+    if not config.needs_calibration and mixed is None and qat is None:
         if calibration is not None:
-            raise ConfigError("rtn takes no calibration data", got=calibration, remedy="Use --method gptq.")
-        return None, None
+            raise ConfigError(
+                f"{config.method} takes no calibration data", got=calibration, remedy="Use --method gptq."
+            )
+        return [], None
     recorded = data_of(parent) or {}
     chosen = calibration or recorded.get("source") or "text-to-sql:train"
     columns = recorded.get("columns") if chosen == recorded.get("source") else None
@@ -209,10 +236,10 @@ def _calibration(
         source=str(chosen),
         template=str(recorded.get("template") or template),
         columns=columns if isinstance(columns, dict) else None,
-        limit=num_samples,
+        limit=max(num_samples, 0 if qat is None else qat.num_rows),
     )
     prepared = prepare(rows, parent.tokenizer, longest=parent.decoder.config.max_position_embeddings)
-    return [list(example.tokens) for example in prepared.examples.examples], str(chosen)
+    return prepared.examples.examples, str(chosen)
 
 
 def _linears(decoder: torch.nn.Module) -> list[str]:
@@ -223,15 +250,29 @@ def _linears(decoder: torch.nn.Module) -> list[str]:
     ]
 
 
-def _remedy(config: QuantizeConfig, mixed: MixedPrecision | None) -> str:
-    more = "more --bits"
+def _remedy(
+    config: QuantizeConfig, mixed: MixedPrecision | None, qat: QatConfig | None, layers: Sequence[LayerError]
+) -> str:
+    """What to try, with the layers that lost most where more bits would help most."""
+    worst = sorted(layers, key=lambda layer: -layer.error)[:3]
+    names = ", ".join(layer.name.removeprefix("model.") for layer in worst)
     if mixed is not None:
-        more = "a larger --max-size" if mixed.target_bits is None else "more --target-bits"
-    advice = [more, "a smaller --group-size"]
+        advice = ["a larger --max-size" if mixed.target_bits is None else "more --target-bits"]
+    elif config.method not in ("rtn", "gptq", "awq", "awq-gptq"):
+        return f"Worst are {names}. Try --method gptq --bits 8, or --method gptq --target-bits 5 to spend bits there."
+    elif config.bits < 8:
+        advice = ["more --bits", f"--target-bits {config.bits + 1} to spend them where they are missed ({names})"]
+    else:
+        advice = []
+    advice.append("a smaller --group-size")
     if config.method == "rtn":
         advice.insert(0, "--method gptq")
-    elif not config.activation_order:
-        advice.append("--act-order")
+    else:
+        advice.append("more --samples")
+        if config.corrects and not config.activation_order:
+            advice.append("--act-order")
     if config.corrects and not config.match_parent:
         advice.append("--match-parent --refine 3")
+    if config.method in TRAINABLE:
+        advice.append("--qat 200" if qat is None else "more steps of --qat")
     return f"Try {', '.join(advice)}."

@@ -13,6 +13,7 @@ from burnish.measure.run_record import RunRecord, read_run
 from burnish.models.atomic_files import write_text
 
 RUN_NAME = "run.json"
+MANIFEST_NAME = "burnish.json"
 
 
 def runs_folder() -> Path:
@@ -81,5 +82,13 @@ def find_run(name: str) -> Path:
 
 
 def load_runs(names: list[str]) -> list[RunRecord]:
-    """Read runs; the newest when no name is given."""
-    return [read_run(find_run(name)) for name in names] if names else [read_run(newest_run())]
+    """Read runs, or children that were held against a parent; the newest run when no name is given."""
+    return [_load(find_run(name)) for name in names] if names else [read_run(newest_run())]
+
+
+def _load(path: Path) -> RunRecord:
+    if (path / MANIFEST_NAME).is_file() and not (path / RUN_NAME).is_file():
+        from burnish.pipeline.side_by_side import run_of_child  # slow to import
+
+        return run_of_child(path)
+    return read_run(path)

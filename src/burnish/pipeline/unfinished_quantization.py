@@ -66,7 +66,7 @@ def open_partial(
             "fingerprint": parent.as_input()["fingerprint"],
             "dtype": str(parent.decoder.dtype).removeprefix("torch."),
         },
-        "calibration": _fingerprint(tokens),
+        "calibration": fingerprint(tokens),
     }
     environment = run_environment(parent)
     partial = PartialFolder(out / PARTIAL, identity=identity, environment=environment)
@@ -89,8 +89,8 @@ def open_partial(
     return partial
 
 
-def _fingerprint(tokens: Sequence[Sequence[int]] | None) -> str | None:
-    """SHA-256 over all token ids and where each sequence ends."""
+def fingerprint(tokens: Sequence[Sequence[int]] | None) -> str | None:
+    """SHA-256 over all token ids and where each sequence ends; None for none."""
     if tokens is None:
         return None
     digest = hashlib.sha256()

@@ -92,7 +92,7 @@ def measure_variant(
         seconds=meter.reading().seconds,
         predicted_peak_bytes=predicted_inference_peak(
             opened.decoder,
-            weight_format="int8" if quantization_of(model, source) else None,  # any width is held as int8 in memory
+            weight_format=_weight_format(quantization_of(model, source)),
             concurrency=MAX_NUM_SEQS,
             input_tokens=MAX_MODEL_LEN - MAX_ANSWER,
             output_tokens=MAX_ANSWER,
@@ -101,3 +101,10 @@ def measure_variant(
         components={"weights": stats.weights_bytes, "kv": stats.kv_bytes},
     )
     return MeasuredVariant(variant=variant, stage=stage, score=score)
+
+
+def _weight_format(quantization: str | None) -> str | None:
+    """What a folder's linears are in memory: of groups any width is held as int8; bitsandbytes' become dense."""
+    if quantization is None or quantization.startswith("bitsandbytes"):
+        return None
+    return "w8a8" if quantization.endswith("w8a8") else "int8"

@@ -18,7 +18,7 @@ class PlanOptions:
 
     Attributes:
         dtype: what the model is loaded in; "auto" follows the device, the checkpoint and the size.
-        weight_format: what it is run in: a dtype, "int8", "int4" or "nf4"; None is `dtype`.
+        weight_format: what it is run in: a dtype, "int8", "int4", "w8a8" or "nf4"; None is `dtype`.
         concurrency: requests generated at once.
         input_tokens, output_tokens: of each request.
         max_batch_tokens: prompt tokens computed in one step.
@@ -38,6 +38,7 @@ class PlanOptions:
         rank, target_modules: the adapter's.
         train_tokens: tokens of the whole training, for its time; None leaves the time out.
         bits, group_size: of the quantization stage.
+        hessians: whether its method keeps the inputs' second moments.
         calibration_tokens: tokens whose hidden states are kept while quantizing.
         calibration_batch_tokens: of those, computed at once.
     """
@@ -67,6 +68,7 @@ class PlanOptions:
     train_tokens: int | None = None
     bits: int = 4
     group_size: int = GROUP_SIZE
+    hessians: bool = True
     calibration_tokens: int = 65536
     calibration_batch_tokens: int = 4096
 

@@ -32,10 +32,10 @@ It gives blocks of 32 MiB and more back at once, so this stops growing; with a f
 ALLOCATOR_LIMIT = 512 * MIB
 """Most that the allocator was seen to keep."""
 
-ALLOCATOR_SHARE = {2: 0.3, 4: 0.1}
-"""The same for fused training, in units of what is kept for the backward pass and the logits, by bytes of the compute
-dtype: compiled bfloat16 products stand in the heap between activations, and what is freed around them is not always
-used again."""
+ALLOCATOR_SHARE = {2: 0.3, 4: 0.2}
+"""The same for fused training, in units of what is kept for the backward pass and of the larger moment, by bytes of the
+compute dtype: compiled bfloat16 products stand in the heap between activations, and what is freed around them is not
+always used again."""
 
 FIT_SPARE_SHARE, FIT_SPARE_BYTES = 0.08, 24 * MIB
 """What `tune --memory` keeps free beyond a prediction: of everything but the weights, and for each run."""

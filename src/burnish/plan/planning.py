@@ -34,7 +34,7 @@ def plan(
     source = find_model(model, revision=revision, offline=offline)
     work = options or PlanOptions()
     if work.weight_format is None and source.weight_format is not None:
-        work = replace(work, weight_format=source.weight_format)
+        work = replace(work, weight_format=source.weight_format, group_size=source.group_size or work.group_size)
     return predict(
         source.config,
         model=source.name,

@@ -26,7 +26,9 @@ class ModelSource:
         name: as it was asked for.
         config: its shape.
         stored_dtype: of the checkpoint, where config.json tells.
-        weight_format: "int8" or "int4" for a quantized folder; None for dense weights.
+        weight_format: what a quantized folder is run in: "int8", "int4" or "w8a8"; None for dense weights, which
+            those of bitsandbytes become while they are read.
+        group_size: of a quantized folder; None where it does not say.
         folder: where it lies; None for shapes and hub ids.
         disk_bytes: of its weight files; None without a folder.
     """
@@ -37,6 +39,7 @@ class ModelSource:
     weight_format: str | None
     folder: Path | None
     disk_bytes: int | None
+    group_size: int | None = None
 
 
 def find_model(name: str | Path, *, revision: str | None = None, offline: bool = False) -> ModelSource:
@@ -82,19 +85,51 @@ def source_of(name: str, hf_config: Mapping[str, Any], *, folder: Path | None = 
         weight_format=_weight_format(hf_config),
         folder=folder,
         disk_bytes=sum(path.stat().st_size for path in weights) or None,
+        group_size=_group_size(hf_config),
     )
 
 
-def _weight_format(hf_config: Mapping[str, Any]) -> str | None:
-    quantization = hf_config.get("quantization_config")
-    if not isinstance(quantization, Mapping):
+def quantization_label(hf_config: Mapping[str, Any]) -> str | None:
+    """How the linears of a folder are quantized, as "gptq-4bit" or "compressed-tensors-w8a8"; None for dense ones."""
+    record = hf_config.get("quantization_config")
+    if not isinstance(record, Mapping):
         return None
-    bits = quantization.get("bits")
-    if bits is None and quantization.get("load_in_4bit"):
-        return "nf4"
-    if bits is None and quantization.get("load_in_8bit"):
-        return "int8"
-    return {8: "int8", 4: "int4"}.get(bits) if isinstance(bits, int) else None
+    method = str(record.get("quant_method", "quantized"))
+    scheme = _main_scheme(record)
+    if scheme is not None:
+        weights = scheme.get("weights") or {}
+        activations = (scheme.get("input_activations") or {}).get("num_bits", 16)
+        return f"{method}-w{weights.get('num_bits', 16)}a{activations}"
+    bits = record.get("bits")
+    if bits is None:
+        bits = 4 if record.get("load_in_4bit") else 8 if record.get("load_in_8bit") else None
+    return f"{method}-{bits}bit" if bits else method
+
+
+def _main_scheme(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Of compressed-tensors' groups the one that is for all linears, else the first."""
+    groups = record.get("config_groups")
+    schemes = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
+    return next((scheme for scheme in schemes if "Linear" in (scheme.get("targets") or ())), next(iter(schemes), None))
+
+
+def _weight_format(hf_config: Mapping[str, Any]) -> str | None:
+    label = quantization_label(hf_config)
+    if label is None or label.startswith("bitsandbytes"):
+        return None
+    if label.endswith("-w8a8"):
+        return "w8a8"
+    by_end = {"-8bit": "int8", "-4bit": "int4", "-w8a16": "int8", "-w4a16": "int4"}
+    return next((name for end, name in by_end.items() if label.endswith(end)), None)
+
+
+def _group_size(hf_config: Mapping[str, Any]) -> int | None:
+    record = hf_config.get("quantization_config")
+    if not isinstance(record, Mapping):
+        return None
+    scheme = _main_scheme(record)
+    size = record.get("group_size") if scheme is None else (scheme.get("weights") or {}).get("group_size") or -1
+    return size if isinstance(size, int) and (size > 0 or size == -1) else None
 
 
 def _local_folder(name: str | Path) -> Path | None:

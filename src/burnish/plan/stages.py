@@ -113,7 +113,8 @@ def predict_quantize(config: ModelConfig, device: Device, options: PlanOptions, 
     batch = min(options.calibration_batch_tokens, options.calibration_tokens)
     activations = working_set(config, tokens=batch, dtype_bytes=size, gradients=False)
     parts["activations"] = max(activations, comparison_workspace(config, dtype_bytes=size))
-    parts["hessian"] = overheads.HESSIAN_COPIES * 4 * max(columns for _, columns in linears) ** 2
+    if options.hessians:
+        parts["hessian"] = overheads.HESSIAN_COPIES * 4 * max(columns for _, columns in linears) ** 2
     parts["workspace"] = overheads.WEIGHT_COPIES * 4 * max(rows * columns for rows, columns in linears)
     _add_allocator(parts, device, activations)
     return parts

@@ -144,7 +144,7 @@ class _Prediction:
         if device.kind == "cpu":
             if self.size == 2:
                 parts["matrix kernels"] = self.widths.kinds * self._kernel_bytes()
-            parts["allocator"] = self._allocator(parts["activations"] + head)
+            parts["allocator"] = self._allocator(parts["activations"] + max(head, back))
         return {name: size for name, size in parts.items() if size > 0}
 
     # ---- what stays --------------------------------------------------------------------------------------------------
@@ -232,10 +232,22 @@ class _Prediction:
             gradient = self.head * (4 + max(4, size))
         if not self.fused:
             return rows + gradient + loss_workspace(config, tokens=labels, dtype_bytes=size)
-        fitting = HEAD_CHUNK_BYTES // (size * config.vocab_size) // HEAD_STEP * HEAD_STEP
-        chunk = min(learned, HEAD_POSITIONS, max(HEAD_STEP, fitting))
         cast = 2 * self.head if self.full and size == 2 else 0
-        return rows + gradient + cast + chunk * config.vocab_size * size
+        return rows + gradient + cast + self._scratch()
+
+    def _scratch(self) -> int:
+        """Of fused training, there from the first forward pass to the end: logits of one chunk or rebuilt weights."""
+        size, vocabulary = self.size, self.config.vocab_size
+        learned = -(-self.widths.labels // HEAD_STEP) * HEAD_STEP
+        fitting = HEAD_CHUNK_BYTES // (size * vocabulary) // HEAD_STEP * HEAD_STEP
+        chunk = min(learned, HEAD_POSITIONS, max(HEAD_STEP, fitting))
+        return max(chunk * vocabulary * size, self._rebuilt())
+
+    def _rebuilt(self) -> int:
+        """The largest group of quantized linears in the compute dtype."""
+        if self.full or self.method == "lora":
+            return 0
+        return overheads.REBUILT_COPIES * self.size * max(rows * columns for _, rows, columns in self.groups)
 
     def _backward_workspace(self) -> int:
         """The block that goes back: its own activations where they are computed again, gradients of its wider half."""
@@ -244,18 +256,15 @@ class _Prediction:
         if self.options.gradient_checkpointing:
             total += int(count * self._layer_per_position()) + count * config.hidden_size * size
         if self.fused:
-            total += self._widest_half()
+            total += self._widest_half() + self._scratch()
         else:
-            total += working_set(config, tokens=count, dtype_bytes=size, gradients=True)
+            total += working_set(config, tokens=count, dtype_bytes=size, gradients=True) + self._rebuilt()
         if self.full:
             # A second micro-batch's gradients of a half beside those that are kept, and the tied output layer's, which
             # wait for the embeddings' own at the very end.
             largest = max(rows * columns for _, rows, columns in self.groups)
             total += 4 * largest * 2 + size * largest
             total += 4 * self.head
-        elif self.method != "lora":
-            largest = max(rows * columns for _, rows, columns in self.groups)
-            total += overheads.REBUILT_COPIES * size * largest
         return total
 
     def _widest_half(self) -> int:

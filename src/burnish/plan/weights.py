@@ -16,7 +16,7 @@ GROUP_SIZE = 128
 NF4_BLOCK = 64
 NF4_SCALES_PER_BLOCK = 256
 
-QUANTIZED = ("int8", "int4", "nf4")
+QUANTIZED = ("int8", "int4", "w8a8", "nf4")
 FORMATS = (*DTYPE_BYTES, *QUANTIZED)
 
 
@@ -63,6 +63,7 @@ def weight_bytes(
     - float32, float16, bfloat16: parameters x bytes.
     - int8, int4: the GPTQ layout. Per linear: out x in x bits / 8, a float16 scale and a zero point of `bits` bits per
       output and group of `group_size` inputs (-1: one group), and a 4-byte group index per input.
+    - w8a8: a byte per weight and a float32 scale per output.
     - nf4: 4 bits per weight, one byte of scale per 64 weights and a float32 scale of scales per 256 of those
       (double quantization; Dettmers et al., 2023, arXiv:2305.14314, section 3).
 
@@ -76,11 +77,13 @@ def weight_bytes(
         return WeightBytes(packed=0, scales=0, dense=config.num_parameters() * DTYPE_BYTES[weight_format])
     if weight_format not in QUANTIZED:
         raise ConfigError("unknown weight format", got=weight_format, expected=", ".join(FORMATS))
-    bits = 8 if weight_format == "int8" else 4
+    bits = 8 if weight_format in ("int8", "w8a8") else 4
     linears = block_linears(config)
     weights = sum(rows * columns for rows, columns in linears)
     if weight_format == "nf4":
         scales = sum(_nf4_scales(rows * columns) for rows, columns in linears)
+    elif weight_format == "w8a8":
+        scales = sum(4 * rows for rows, _ in linears)
     else:
         scales = sum(_group_scales(rows, columns, bits=bits, group_size=group_size) for rows, columns in linears)
     return WeightBytes(

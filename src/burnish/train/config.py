@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +48,7 @@ class TrainConfig:
         checkpoint_every: with `gradient_checkpointing`, do so with every so many-th block; 1 is every block.
         ordering: "grouped" by length (least padding), "shuffled", or "given".
         eval_every: evaluate every so many steps; 0 only at the end.
+        eval_first: evaluate before the first step too; what `keep_best` gives back may then be what was begun with.
         max_seconds: stop after the step during which this time is reached.
         max_bad_steps: stop after so many steps in a row whose loss or gradient is not finite.
         save_every: write a checkpoint every so many steps; 0 only when the run is interrupted.
@@ -85,6 +87,7 @@ class TrainConfig:
     checkpoint_every: int = 1
     ordering: Ordering = "grouped"
     eval_every: int = 0
+    eval_first: bool = False
     max_seconds: float | None = None
     max_bad_steps: int = 5
     save_every: int = 0
@@ -125,8 +128,8 @@ class TrainConfig:
             ("max_grad_norm", self.max_grad_norm),
             ("max_seconds", self.max_seconds),
         ):
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} is out of range", got=value, expected="more than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is out of range", got=value, expected="more than 0, and finite")
         for name, value in (
             ("warmup", self.warmup),
             ("weight_decay", self.weight_decay),
@@ -135,8 +138,8 @@ class TrainConfig:
             ("early_stopping_min_delta", self.early_stopping_min_delta),
             ("neftune", self.neftune),
         ):
-            if value < 0:
-                raise ConfigError(f"{name} is out of range", got=value, expected="0 or more")
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{name} is out of range", got=value, expected="0 or more, and finite")
         if self.freeze and self.method != "full":
             raise ConfigError(
                 "freeze is for full fine-tuning",
@@ -174,8 +177,8 @@ class TrainConfig:
             raise ConfigError("adafactor has no betas", remedy="Leave them out, or use another optimizer.")
         if self.epsilon is not None and self.optimizer == "lion":
             raise ConfigError("lion has no epsilon", remedy="Leave it out, or use another optimizer.")
-        if self.epsilon is not None and not self.epsilon > 0:
-            raise ConfigError("epsilon is out of range", got=self.epsilon, expected="more than 0")
+        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
+            raise ConfigError("epsilon is out of range", got=self.epsilon, expected="more than 0, and finite")
 
     @property
     def rows_per_step(self) -> int:

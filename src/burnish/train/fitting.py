@@ -225,7 +225,7 @@ def choose(
         _, needed, _, least = min(known, key=lambda entry: entry[1])
         raise CapacityError(
             f"nothing fits into {_mib(budget)}",
-            got=f"{_mib(needed)} at least ({least})",
+            expected=f"at least {_mib(needed)} ({least})",
             remedy=remedy,
         )
     cost_of, needed, _, best = min(fitting)

@@ -124,6 +124,12 @@ class LoraLinear(AdaptedLinear):
         self.lora_magnitude = nn.Parameter(self._row_norms()) if config.use_dora else None
         self._kept_gain: tuple[list[tuple[int, int]], Tensor] | None = None
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """A, B and the magnitude, where there is one."""
+        found = [self.lora_A, self.lora_B]
+        return found if self.lora_magnitude is None else [*found, self.lora_magnitude]
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         if self.lora_magnitude is None:
@@ -204,12 +210,11 @@ def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every A, B and magnitude once, in the model's order (an A shared by a fused group is listed once)."""
+    """What adapters train, once each, in the model's order (an A shared by a fused group is listed once)."""
     seen: dict[int, nn.Parameter] = {}
     for module in lora_modules(model).values():
-        for parameter in (module.lora_A, module.lora_B, module.lora_magnitude):
-            if parameter is not None:
-                seen.setdefault(id(parameter), parameter)
+        for parameter in module.trained:
+            seen.setdefault(id(parameter), parameter)
     return list(seen.values())
 
 

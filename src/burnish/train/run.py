@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -62,6 +63,7 @@ class Run:
         checkpoints: CheckpointFolder | None,
         stop: StopRequest,
         ranks: Ranks | None = None,
+        parent: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.ranks = ranks or single()
         self.model, self.examples, self.config = model, examples, config
@@ -83,6 +85,7 @@ class Run:
             clock=self.clock,
             ranks=self.ranks,
             loss_scale=self.loss_scale,
+            parent=parent,
         )
         trained = set(map(id, self.parameters))
         names = {id(value): name for name, value in model.named_parameters() if id(value) in trained}
@@ -99,7 +102,7 @@ class Run:
         self.parts: dict[str, Stateful] = {"optimizer": self.optimizer}
         if self.loss_scale is not None:
             self.parts["loss_scale"] = self.loss_scale
-        self.state = RunState()
+        self.state = RunState(evaluation_due=config.eval_first and (eval_examples is not None or on_eval is not None))
         self.best = BestWeights(self.named_parameters)
         self.resumed_from: int | None = None
         self.saved_step = 0
@@ -155,7 +158,7 @@ class Run:
         self.begin = time.perf_counter()
         self._attach_clock()
         self.model.train()
-        late = state.evaluation_due and not self.asked_to_stop  # the session before had no time for it
+        late = state.evaluation_due and not self.asked_to_stop  # `eval_first`, or an earlier session had no time
         lowest = late and self.evaluate()
         stopped = self._reason_to_stop(out_of_time=state.step > 0 and self.out_of_time)
         if late:

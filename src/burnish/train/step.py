@@ -7,7 +7,7 @@ everything that lasts longer than a step stand in `run.py`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from burnish.kernels.cpu.training import TrainingKernels, available
 from burnish.train.activation_offload import activations_on_host
 from burnish.train.batches import Batch, TrainingExample, collate
 from burnish.train.config import TrainConfig
+from burnish.train.distillation import distillation_loss
 from burnish.train.distributed import Ranks, single
 from burnish.train.footprint import saved_activations
 from burnish.train.fusing import FusedBlocks, fused_blocks
@@ -70,6 +71,7 @@ class StepRunner:
         clock: what time and memory are measured with.
         ranks: the processes that share each step's rows; all of them call every method alike.
         loss_scale: what losses are multiplied with before the backward pass.
+        parent: inside it the model computes as its parent; losses are then the KL from that.
     """
 
     def __init__(
@@ -82,8 +84,10 @@ class StepRunner:
         clock: StepClock | None = None,
         ranks: Ranks | None = None,
         loss_scale: LossScale | None = None,
+        parent: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
     ) -> None:
         self.parameters, self.ranks, self.loss_scale = parameters, ranks or single(), loss_scale
+        self.parent = parent
         self.model, self.config, self.precision = model, config, precision
         self.clock = clock or StepClock()
         self.device = parameters[0].device
@@ -202,11 +206,17 @@ class StepRunner:
         return activations_on_host(self.model) if self.config.offload_activations else contextlib.nullcontext()
 
     def _loss(self, batch: PackedBatch | Batch, *, learning: bool) -> Tensor:
-        """Sum of the cross-entropy over the batch's labels."""
+        """Sum of the cross-entropy, or of the KL from the parent, over the batch's labels."""
         model = self.model
         casting = self.precision != "float32" and model.dtype != torch.bfloat16
         dtype = torch.float16 if self.precision == "float16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=casting):
+            if self.parent is not None:
+                with torch.no_grad(), self.parent():
+                    parent_hidden, _ = self._hidden(batch)
+                hidden, labels = self._hidden(batch)
+                vocab_size: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+                return distillation_loss(hidden, parent_hidden, labels, logits=model.logits, vocab_size=vocab_size)  # type: ignore[arg-type]
             hidden, labels = self._hidden(batch)
             head = self._dense_head()
             if head is not None and self._fused.kernels is not None:

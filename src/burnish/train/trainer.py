@@ -56,6 +56,7 @@ def train(
     resume: Checkpoint | None = None,
     stop: StopRequest | None = None,
     ranks: Ranks | None = None,
+    parent: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
 ) -> TrainResult:
     """Train the adapters that `model` carries, or all of it, and report every step.
 
@@ -82,6 +83,8 @@ def train(
         stop: asks the run to end; by default it listens to SIGINT and SIGTERM itself.
         ranks: the processes that train together (see `distributed.joined`); each calls this with the same arguments.
             With sharding "zero2" or "zero3" only the main one's model is whole afterwards.
+        parent: inside this context `model` computes as its parent (`fake_quant.parent_computes`). With it nothing is
+            learned of the labels but their places: losses, also those of evaluations, are the KL from the parent there.
 
     Raises:
         ConfigError: the method and the model do not fit together, or the settings ask for what is not given here.
@@ -116,6 +119,7 @@ def train(
             checkpoints=checkpoints,
             stop=stop or stack.enter_context(stop_on_signals()),
             ranks=ranks,
+            parent=parent,
         )
         stack.callback(run.release)
         stack.enter_context(_seeded(ranks.seed(config.seed), run.device))

@@ -17,7 +17,7 @@ from pathlib import Path
 from burnish.errors import ConfigError
 from burnish.kernels.cpu.structs import STRUCTS, Linear, Norm
 
-ABI = 8
+ABI = 9
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
 ENVIRONMENT = "BURNISH_CPU_KERNELS"
 PATH_ENVIRONMENT = "BURNISH_CPU_LIBRARY"

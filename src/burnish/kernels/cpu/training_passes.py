@@ -32,14 +32,19 @@ class Passes:
         self._functions["use_openmp"](_openmp_of_torch())
 
     def _call(self, name: str, struct: ctypes.Structure) -> None:
+        assert not self._status(name, struct)
+
+    def _status(self, name: str, struct: ctypes.Structure) -> int:
+        """Run a pass; what it returns where that is its own, 0 when all went well."""
         threads = torch.get_num_threads() if self.threads is None else self.threads
         status = self._functions[name](self._name, ctypes.byref(struct), threads)
         assert status != 2, "no such kernels"
         assert status != 4, "sequences end before they begin"
         if status == 3:
             raise DataError("a label is outside the vocabulary", expected="-100 or an id below the logits' width")
-        if status:
+        if status == 1:
             raise OutOfMemoryError("the machine has no memory for the buffers of a training kernel")
+        return status
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -1,4 +1,4 @@
-"""The C structs of `csrc/training.h`, field by field in the same order. Torch-free."""
+"""The C structs of `csrc/training.h` and `csrc/quantize.h`, field by field in the same order. Torch-free."""
 
 from __future__ import annotations
 
@@ -71,7 +71,25 @@ class DequantizePass(Structure):
     """)
 
 
-PASSES = (NormPass, GatePass, RotatePass, LossPass, AttentionPass, DequantizePass)
+class GramPass(Structure):
+    _fields_ = _fields("""
+        int: rows width
+        pointer: x
+        wide: x_stride
+        pointer: total
+    """)
+
+
+class GptqPass(Structure):
+    _fields_ = _fields("""
+        int: rows width group max_int symmetric num_shrinks
+        pointer: weight
+        wide: weight_stride
+        pointer: factor shrinks importance ints scales zeros
+    """)
+
+
+PASSES = (NormPass, GatePass, RotatePass, LossPass, AttentionPass, DequantizePass, GramPass, GptqPass)
 """In the order in which the library tells their sizes."""
 
 PASS_FUNCTIONS = {
@@ -84,5 +102,7 @@ PASS_FUNCTIONS = {
     "dequantize": DequantizePass,
     "attention_forward": AttentionPass,
     "attention_backward": AttentionPass,
+    "gram": GramPass,
+    "gptq": GptqPass,
 }
 """What each pass of the library takes."""

@@ -1,4 +1,4 @@
-// Kernels of fine-tuning: forward and backward passes over rows of tensors that lie in Python's memory.
+// Kernels of fine-tuning, and of quantizing: passes over rows of tensors that lie in Python's memory.
 //
 // One instance of the table per instruction set, all computing the same, in float32 between what is read and what is
 // stored. Rows of a tensor may lie apart (a stride in elements), the values of a row not.
@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "quantize.h"
 
 namespace burnish {
 
@@ -124,7 +125,18 @@ struct TrainingKernels {
   size_t (*attention_scratch)(const AttentionPass& pass, int length, bool backward);
   void (*attention_forward)(const AttentionPass& pass, const AttentionItem& item, char* scratch);
   void (*attention_backward)(const AttentionPass& pass, const AttentionItem& item, char* scratch);
+
+  // Bytes of scratch, and rows from `first` on, gptq_panels(pass) panels of sixteen; false: a scale is beyond float16.
+  size_t (*gptq_scratch)(const GptqPass& pass);
+  bool (*gptq_rows)(const GptqPass& pass, int first, char* scratch);
+  // One strip's factors of rows first .. first + count - 1, and its products with the strips up to itself; null where
+  // there are no matrix tiles.
+  void (*gram_lay_out)(const GramPass& pass, int strip, int first, int count, uint16_t* left, uint16_t* right);
+  void (*gram_multiply)(const GramPass& pass, int strip, int count, const uint16_t* left, const uint16_t* right);
 };
+
+// The table of an instruction set that runs here; null where there is none.
+const TrainingKernels* training_named(const char* name);
 
 const TrainingKernels* generic_training();
 const TrainingKernels* avx2_training();  // null where the compiler lacks it; so below

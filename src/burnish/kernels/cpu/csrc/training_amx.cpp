@@ -17,8 +17,10 @@ namespace amx {
 #include "training_rows.inl"
 #include "training_weights.inl"
 #include "training_attention.inl"
+#include "gptq.inl"
 #include "training_tile_layout.inl"
 #include "training_tiles.inl"
+#include "gram_tiles.inl"
 
 }  // namespace amx
 
@@ -27,6 +29,7 @@ const TrainingKernels* amx_training() {
       "amx",       amx::norm_forward, amx::norm_backward, amx::gate_forward,  amx::gate_backward,
       amx::rotate, amx::loss,         amx::dequantize,    amx::tiles_scratch, amx::attention_forward_tiles,
       amx::attention_backward_tiles,
+      amx::gptq_scratch, amx::gptq_rows, amx::gram_lay_out, amx::gram_multiply,
   };
   return &kernels;
 }

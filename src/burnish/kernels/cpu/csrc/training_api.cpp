@@ -2,19 +2,13 @@
 //
 // Rows go out in pieces of a fixed size, and sums over rows are added up piece by piece in order: no result depends on
 // the number of threads. All functions return 0, 1 when memory ran out, or 2 where there are no such kernels.
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "runtime.h"
-#include "team.h"
+#include "sharing.h"
 #include "training.h"
 
 using namespace burnish;
@@ -25,16 +19,7 @@ using namespace burnish;
 #define BURNISH_API extern "C"
 #endif
 
-namespace {
-
-// Values of a row-wise pass that one thread takes at a time, and the most rows.
-constexpr int64_t kPieceValues = 16384;
-constexpr int kPieceRows = 64;
-// Queries of one forward attention item at most, a multiple of every block of queries.
-constexpr int kItemQueries = 512;
-
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-std::atomic<Parallel> openmp{nullptr};
+namespace burnish {
 
 const TrainingKernels* training_named(const char* name) {
   const Kernels* kernels = kernels_named(name);
@@ -45,71 +30,12 @@ const TrainingKernels* training_named(const char* name) {
   return nullptr;
 }
 
-// Teams last as long as the process: joining threads while it ends, or in a fork that has none, would hang.
-Team& team_of(int size) {
-  static std::mutex mutex;
-  static Team* teams[kMaxThreads + 1] = {};
-  static pid_t owner = 0;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (owner != getpid()) {
-    std::fill(std::begin(teams), std::end(teams), nullptr);
-    owner = getpid();
-  }
-  if (teams[size] == nullptr) teams[size] = new Team(size);
-  return *teams[size];
-}
+}  // namespace burnish
 
-struct Call {
-  const std::function<void(int)>& job;
-  int count;
-  std::atomic<int> next{0};
+namespace {
 
-  void work() {
-    for (int piece = next++; piece < count; piece = next++) job(piece);
-  }
-};
-
-void work_on(void* call) { static_cast<Call*>(call)->work(); }
-
-// job(piece) for every piece, on up to `threads` threads: those of the OpenMP that torch brought, which would otherwise
-// wait for work on the same cores, or else our own. Jobs do not throw.
-void share_out(int count, int threads, const std::function<void(int)>& job) {
-  Call call{job, count};
-  const int size = std::min({threads, count, kMaxThreads});
-  if (size <= 1) return call.work();
-  if (const Parallel parallel = openmp.load(std::memory_order_relaxed)) return parallel(work_on, &call, size, 0);
-  team_of(std::min(threads, kMaxThreads)).run([&](int) { call.work(); });
-}
-
-template <typename Job>
-int32_t over_rows(int rows, int width, int threads, Job job) {
-  const int piece = static_cast<int>(std::min<int64_t>(kPieceRows, std::max<int64_t>(1, kPieceValues / std::max(width, 1))));
-  try {
-    share_out((rows + piece - 1) / piece, threads,
-              [&](int index) { job(index * piece, std::min(rows, (index + 1) * piece)); });
-    return 0;
-  } catch (const std::exception&) {
-    return 1;
-  }
-}
-
-// A thread's memory from call to call.
-char* scratch_of(size_t bytes) {
-  struct Free {
-    void operator()(char* data) const { std::free(data); }
-  };
-  static thread_local std::unique_ptr<char, Free> data;
-  static thread_local size_t size = 0;
-  if (size < bytes) {
-    size = 0;
-    data.reset();
-    const size_t whole = (bytes + 4095) / 4096 * 4096;
-    data.reset(static_cast<char*>(std::aligned_alloc(64, whole)));
-    if (data == nullptr) return nullptr;
-    size = whole;
-  }
-  return data.get();
-}
+// Queries of one forward attention item at most, a multiple of every block of queries.
+constexpr int kItemQueries = 512;
 
 int32_t attend(const char* name, const AttentionPass* pass, int threads, bool backward) {
   const TrainingKernels* kernels = training_named(name);
@@ -150,9 +76,6 @@ int32_t attend(const char* name, const AttentionPass* pass, int threads, bool ba
 }
 
 }  // namespace
-
-// GOMP_parallel of the OpenMP that this process already runs; null: our own threads.
-BURNISH_API void burnish_use_openmp(void* parallel) { openmp = reinterpret_cast<Parallel>(parallel); }
 
 BURNISH_API int32_t burnish_norm_forward(const char* name, const NormPass* pass, int32_t threads) {
   const TrainingKernels* kernels = training_named(name);
@@ -245,6 +168,6 @@ BURNISH_API int32_t burnish_attention_backward(const char* name, const Attention
 // Sizes of the structs, for the binding to compare with its own.
 BURNISH_API int64_t burnish_size_of_pass(int32_t which) {
   const size_t sizes[] = {sizeof(NormPass), sizeof(GatePass), sizeof(RotatePass), sizeof(LossPass),
-                          sizeof(AttentionPass), sizeof(DequantizePass)};
-  return which >= 0 && which < 6 ? static_cast<int64_t>(sizes[which]) : -1;
+                          sizeof(AttentionPass), sizeof(DequantizePass), sizeof(GramPass), sizeof(GptqPass)};
+  return which >= 0 && which < 8 ? static_cast<int64_t>(sizes[which]) : -1;
 }

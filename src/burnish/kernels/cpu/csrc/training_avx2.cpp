@@ -16,6 +16,7 @@ namespace avx2 {
 #include "training_rows.inl"
 #include "training_weights.inl"
 #include "training_attention.inl"
+#include "gptq.inl"
 
 }  // namespace avx2
 
@@ -24,6 +25,7 @@ const TrainingKernels* avx2_training() {
       "avx2",       avx2::norm_forward, avx2::norm_backward, avx2::gate_forward,      avx2::gate_backward,
       avx2::rotate, avx2::loss,         avx2::dequantize,    avx2::lanes_scratch,     avx2::attention_forward,
       avx2::attention_backward,
+      avx2::gptq_scratch, avx2::gptq_rows, nullptr, nullptr,
   };
   return &kernels;
 }

@@ -24,6 +24,7 @@ namespace BURNISH_ISA {
 #include "training_rows.inl"
 #include "training_weights.inl"
 #include "training_attention.inl"
+#include "gptq.inl"
 
 }  // namespace BURNISH_ISA
 
@@ -33,6 +34,7 @@ const TrainingKernels* BURNISH_JOIN(BURNISH_ISA, _training)() {
       BURNISH_ISA::gate_forward,      BURNISH_ISA::gate_backward,      BURNISH_ISA::rotate,
       BURNISH_ISA::loss,              BURNISH_ISA::dequantize,         BURNISH_ISA::lanes_scratch,
       BURNISH_ISA::attention_forward, BURNISH_ISA::attention_backward,
+      BURNISH_ISA::gptq_scratch, BURNISH_ISA::gptq_rows, nullptr, nullptr,
   };
   return &kernels;
 }

@@ -13,6 +13,7 @@ namespace generic {
 #include "training_rows.inl"
 #include "training_weights.inl"
 #include "training_attention.inl"
+#include "gptq.inl"
 
 }  // namespace generic
 
@@ -21,6 +22,7 @@ const TrainingKernels* generic_training() {
       "generic",       generic::norm_forward, generic::norm_backward, generic::gate_forward,  generic::gate_backward,
       generic::rotate, generic::loss,         generic::dequantize,    generic::lanes_scratch, generic::attention_forward,
       generic::attention_backward,
+      generic::gptq_scratch, generic::gptq_rows, nullptr, nullptr,
   };
   return &kernels;
 }

@@ -10,7 +10,7 @@
 namespace burnish {
 
 // Bumped whenever a struct or a packed layout changes; Python refuses another number.
-constexpr int32_t kAbiVersion = 8;
+constexpr int32_t kAbiVersion = 9;
 
 constexpr int kLanes = 16;      // output features of one weight panel
 constexpr int kKAlign = 64;     // input features are padded to this in rows of activations and in packed weights
