@@ -27,6 +27,8 @@ from burnish.errors import RequestError
         ("min_p", -0.1),
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 5e-324),
+        ("repetition_penalty", 101.0),
         ("presence_penalty", 2.1),
         ("presence_penalty", "much"),
         ("frequency_penalty", -2.1),
@@ -133,3 +135,9 @@ def test_parameters_are_values() -> None:
     assert list(json.loads(str(one.json_schema))["properties"]) == ["b", "a"]
     assert dataclasses.replace(one, n=3).biases == one.biases
     assert one.constraint == ("json_schema", one.json_schema)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 9e-6])
+def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+    assert SamplingParams(temperature=temperature, top_p=1e-9).greedy
+    assert not SamplingParams(temperature=1e-5).greedy

@@ -14,6 +14,8 @@ from burnish.cli import (
     command_export,
     command_prune,
     command_quantize,
+    command_queue,
+    command_serve,
     commands_make,
     commands_measure,
     commands_plan,
@@ -41,6 +43,8 @@ for group in (
     command_export,
     commands_measure,
     commands_plan,
+    command_queue,
+    command_serve,
 ):
     group.register(app)
 

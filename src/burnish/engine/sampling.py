@@ -16,6 +16,8 @@ ConstraintKind: TypeAlias = Literal["json_schema", "regex", "grammar"]
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
+# Divided by less, logits leave what float32 tells apart; the likeliest token is then all there is to draw.
+_COLDEST = 1e-5
 # A longer schema, expression or grammar is refused before anything compiles it.
 MAX_CONSTRAINT_CHARS = 65536
 
@@ -26,7 +28,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: most tokens to produce.
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: 0 is greedy, as is less than 1e-5; otherwise logits are divided by it.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches this; 1 keeps all.
         min_p: drop tokens less likely than this share of the likeliest one; 0 keeps all.
@@ -89,7 +91,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """True when the likeliest token is always taken."""
-        return self.temperature == 0
+        return self.temperature < _COLDEST
 
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
@@ -145,7 +147,9 @@ class SamplingParams:
         _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
         _check("min_p", self.min_p, _is_number(self.min_p) and 0 <= self.min_p <= 1, "a number in [0, 1]")
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, _is_number(penalty) and penalty > 0, "a number > 0")
+        _check(
+            "repetition_penalty", penalty, _is_number(penalty) and 0.01 <= penalty <= 100, "a number from 0.01 to 100"
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(name, value, _is_number(value) and -2 <= value <= 2, "a number in [-2, 2]")

@@ -1,0 +1,95 @@
+"""Chat messages to text, in a process that is killed when the template takes too long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from burnish.errors import DataError, WorkerError
+from burnish.serve.child import Child
+
+
+class TemplateRenderer:
+    """Renders with one chat template; conversations take turns.
+
+    Args:
+        template: Jinja source, the model's own.
+        special_tokens: variables such as bos_token.
+        source: where the template came from, for messages.
+        timeout_s: longest for one conversation.
+    """
+
+    def __init__(self, template: str, special_tokens: Mapping[str, str], *, source: str, timeout_s: float) -> None:
+        self._first = (template, dict(special_tokens), source)
+        self._source = source
+        self._timeout_s = timeout_s
+        self._turn = asyncio.Lock()
+        self._child: Child | None = None
+        self._waiter: asyncio.Future[tuple[str | None, str | None]] | None = None
+        self._number = 0
+
+    async def open(self) -> None:
+        """Start the process, so that the first conversation need not wait for it."""
+        async with self._turn:
+            await self._started()
+
+    async def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The text that the model reads.
+
+        Raises:
+            DataError: the template refuses the messages, or takes too long for them.
+            WorkerError: its process died.
+        """
+        async with self._turn:
+            child = await self._started()
+            self._number += 1
+            waiter = self._waiter = asyncio.get_running_loop().create_future()
+            child.send((self._number, list(messages), add_generation_prompt))
+            try:
+                text, refusal = await asyncio.wait_for(waiter, self._timeout_s)
+            except asyncio.TimeoutError:
+                await self._end()
+                raise DataError(
+                    f"the chat template in {self._source} takes too long for these messages",
+                    expected=f"at most {self._timeout_s:g} s",
+                ) from None
+            except BaseException:
+                # Whoever asked went away: the answer must not be taken for the next one's.
+                await self._end()
+                raise
+            finally:
+                self._waiter = None
+        if text is None:
+            raise DataError(refusal or "the chat template failed")
+        return text
+
+    async def close(self) -> None:
+        """End the process."""
+        async with self._turn:
+            await self._end()
+
+    async def _started(self) -> Child:
+        if self._child is None:
+            child = Child("burnish.serve.template_worker", on_messages=self._take, on_end=self._died)
+            await child.start(self._first)
+            self._child = child
+        return self._child
+
+    async def _end(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            await child.stop()
+
+    def _take(self, messages: list[Any]) -> None:
+        for number, text, refusal in messages:
+            if number == self._number and self._waiter is not None and not self._waiter.done():
+                self._waiter.set_result((text, refusal))
+
+    def _died(self) -> None:
+        child, self._child = self._child, None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(WorkerError("the chat template's process died"))
+        if child is not None:
+            self._reaping = asyncio.ensure_future(child.reap())
