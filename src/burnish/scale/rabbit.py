@@ -26,8 +26,8 @@ LEVELS = tuple(reversed(PRIORITIES))  # by rank
 HEARTBEAT_S = 20
 CONNECT_S = 10.0
 ANSWER_S = 30.0
-# RabbitMQ 3.10 that is killed right after a quorum queue was declared came back without its messages, confirmed ones too
-# (both times that this was tried after 0 s; not after 1.5 s and 4 s, tried once each).
+# RabbitMQ 3.10 that was killed right after a quorum queue was declared came back without its messages, confirmed ones
+# too (both times that this was tried after 0 s; not after 1.5 s and 4 s, tried once each).
 SETTLE_S = 4.0
 # Redeliveries of items that were never begun count here as well, so this bounds a loop and judges nobody: attempts do,
 # and those are counted in the database.
