@@ -231,3 +231,14 @@ def test_synth_writes_a_published_shape(cli: Cli, tmp_path: Path, monkeypatch: p
     options = ["--input-tokens", 4, "--output-tokens", 2, "--repeats", 1, "--json"]
     assert cli("bench", tmp_path / "made", *options).json["output_tokens_per_s"] > 0
     assert "random weights" in cli("synth", "135m", "--out", tmp_path / "again").out
+
+
+@pytest.mark.parametrize("option", ["--dora", "--rslora"])
+def test_options_of_adapters_are_refused_for_full_tuning(
+    cli: Cli, tiny: Path, rows_file: Path, tmp_path: Path, option: str
+) -> None:
+    out = tmp_path / "o"
+    done = cli("tune", tiny, "--data", rows_file, "--out", out, "--steps", 1, "--method", "full", option)
+    assert done.code == 2
+    assert f"{option} is for adapters" in done.err
+    assert not out.exists()

@@ -169,6 +169,10 @@ def tune(
         freeze=tuple(part.strip() for part in (freeze or "").split(",") if part.strip()),
         **settings,
     )
+    if method == "full" and (dora or rslora):
+        raise ConfigError(
+            f"--{'dora' if dora else 'rslora'} is for adapters", got="--method full", remedy="Leave one of them out."
+        )
     lora = LoraConfig(
         rank=rank, alpha=alpha, dropout=dropout, target_modules=roles, use_dora=dora, rank_stabilized=rslora
     )
