@@ -221,16 +221,19 @@ def test_holdings_run_suspects_alone_and_in_turn() -> None:
     assert [one.key.item_id for one in held.next_batch()] == [2, 1, 3]
     held.add(item(7, attempts=4))
     held.add(item(6, attempts=2))
-    held.leave([Key("j", 2)])
+    held.finish([Key("j", 2)])
     # Not proven yet: others go first, while there are any.
     assert [one.key.item_id for one in held.next_batch()] == [4]
-    held.leave([Key("j", 1), Key("j", 3)])
-    held.finished += 3
-    # Now suspects come before what still waits, once the last one has left.
+    held.finish([Key("j", 1), Key("j", 3)])
+    # Now suspects come before what still waits, once the last one has left and every result is stored.
     assert held.next_batch() == []
-    held.leave([Key("j", 4)])
+    held.finish([Key("j", 4)])
+    assert held.next_batch() == []
+    held.drop([Key("j", 1), Key("j", 2), Key("j", 3), Key("j", 4)])
     for number in (6, 7):
         assert [one.key.item_id for one in held.next_batch()] == [number]
         assert held.next_batch() == []
-        held.leave([Key("j", number)])
+        held.finish([Key("j", number)])
+        assert held.next_batch() == []  # nothing beside an answer that is not stored yet
+        held.drop([Key("j", number)])
     assert [one.key.item_id for one in held.next_batch()] == [5]

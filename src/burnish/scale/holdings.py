@@ -4,7 +4,8 @@ When a worker dies, any item that it had begun may have killed it. The first tim
 run together again. Those that were begun twice without a result are suspects, and run alone from then on: the one that
 kills its worker is then counted to death alone, and the others are done. A worker judges suspects only after it has
 finished other items, or when there are no others, and begins with those that have the fewest attempts: where workers
-die for reasons of their own, the blame is spread over many items, and none is counted to death.
+die for reasons of their own, the blame is spread over many items, and none is counted to death. A suspect begins only
+when every result before it is stored, and nothing begins before its own is: a death loses no answer beside its own.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ class Holdings:
         room: most items inside the engine, those that wait there for a slot included.
         deliveries: of everything held; the newest where one was delivered again.
         inside: items begun that the engine is not done with.
-        alone: a suspect is inside, and nothing else may be.
+        unstored: items that the engine is done with, whose results are not stored yet.
+        alone: a suspect is inside or unstored, and nothing else may begin.
         finished: items that the engine got through since this worker began.
     """
 
     room: int
     deliveries: dict[Key, Delivery] = field(default_factory=dict)
     inside: set[Key] = field(default_factory=set)
+    unstored: set[Key] = field(default_factory=set)
     alone: bool = False
     finished: int = 0
     _waiting: list[tuple[int, int, Work]] = field(default_factory=list)
@@ -67,7 +70,10 @@ class Holdings:
 
     def drop(self, keys: Iterable[Key]) -> list[Delivery]:
         """Hold these no longer; returns their deliveries."""
-        return [self.deliveries.pop(key) for key in keys if key in self.deliveries]
+        gone = list(keys)
+        self.unstored -= set(gone)
+        self._end_alone()
+        return [self.deliveries.pop(key) for key in gone if key in self.deliveries]
 
     def add(self, work: Work, *, suspect: bool | None = None) -> None:
         """Let it wait for its turn; whether it is a suspect is told by its attempts unless given."""
@@ -82,7 +88,7 @@ class Holdings:
         if self.alone:
             return []
         if self._suspects and (self.finished >= self.room or not self._waiting):
-            if self.inside:
+            if self.inside or self.unstored:
                 return []
             self.alone = True
             chosen = [heapq.heappop(self._suspects)[2]]
@@ -92,10 +98,20 @@ class Holdings:
         self.inside |= {work.key for work in chosen}
         return chosen
 
+    def finish(self, keys: Iterable[Key]) -> None:
+        """The engine is done with these; they are held until their results are stored, and dropped then."""
+        done = set(keys)
+        self.unstored |= done
+        self.finished += len(done)
+        self.leave(done)
+
     def leave(self, keys: Iterable[Key]) -> None:
-        """The engine is done with these."""
+        """These are inside the engine no longer."""
         self.inside -= set(keys)
-        self.alone = self.alone and bool(self.inside)
+        self._end_alone()
+
+    def _end_alone(self) -> None:
+        self.alone = self.alone and bool(self.inside or self.unstored)
 
     def give_up(self) -> list[Delivery]:
         """Hold nothing that waits any longer; returns it."""

@@ -246,8 +246,7 @@ class Worker:
 
     def _finish(self, outcomes: list[Outcome]) -> None:
         with self._changed:
-            self._held.leave([outcome.key for outcome in outcomes])
-            self._held.finished += len(outcomes)
+            self._held.finish(outcome.key for outcome in outcomes)
             self._outcomes += outcomes
             self._changed.notify_all()
 
@@ -338,6 +337,7 @@ class Worker:
             self.commit(outcomes)
             with self._changed:
                 settled = self._held.drop(outcome.key for outcome in outcomes)
+                self._changed.notify_all()
             self.settle(settled)
             self._count(outcomes)
 
