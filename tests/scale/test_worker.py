@@ -215,7 +215,7 @@ def test_holdings_run_suspects_alone_and_in_turn() -> None:
         )
         return Work(loaded=loaded, params=SamplingParams())
 
-    held = Holdings(room=3)
+    held = Holdings(room=3, slots=3)
     for work_item in (item(1), item(2, rank=0), item(3), item(4), item(5, attempts=1)):
         held.add(work_item)
     assert [one.key.item_id for one in held.next_batch()] == [2, 1, 3]

@@ -41,6 +41,7 @@ class Holdings:
 
     Attributes:
         room: most items inside the engine, those that wait there for a slot included.
+        slots: sequences that the engine runs at once; beyond these, items begin some at a time.
         deliveries: of everything held; the newest where one was delivered again.
         inside: items begun that the engine is not done with.
         unstored: items that the engine is done with, whose results are not stored yet.
@@ -49,6 +50,7 @@ class Holdings:
     """
 
     room: int
+    slots: int
     deliveries: dict[Key, Delivery] = field(default_factory=dict)
     inside: set[Key] = field(default_factory=set)
     unstored: set[Key] = field(default_factory=set)
@@ -93,7 +95,10 @@ class Holdings:
             self.alone = True
             chosen = [heapq.heappop(self._suspects)[2]]
         else:
-            count = min(self.room - len(self.inside), len(self._waiting))
+            free = self.room - len(self.inside)
+            if 0 < free <= (self.room - self.slots) // 2:
+                return []  # every slot is taken, and some wait for the next one
+            count = min(free, len(self._waiting))
             chosen = [heapq.heappop(self._waiting)[2] for _ in range(count)]
         self.inside |= {work.key for work in chosen}
         return chosen

@@ -29,6 +29,7 @@ from burnish.scale.tables import DEAD, DONE, ERROR
 from burnish.scale.worker_book import write_note
 
 _TAKE_S = 0.25
+_GATHER_S = 0.03  # results of so long are stored together
 _MOST_ENGINE_FAILURES = 8
 
 
@@ -110,7 +111,7 @@ class Worker:
         self._settings = settings
         self._progress = progress
         self._changed = threading.Condition()
-        self._held = Holdings(room=settings.room)
+        self._held = Holdings(room=settings.room, slots=settings.slots)
         self._begun: deque[Work] = deque()
         self._running: dict[int, Work] = {}
         self._outcomes: list[Outcome] = []
@@ -331,6 +332,10 @@ class Worker:
             with self._changed:
                 while not (self._outcomes or self._answered or self._failure):
                     self._changed.wait(_TAKE_S)
+                gather = not (self._answered or self._held.alone)
+            if gather:
+                self._over.wait(_GATHER_S)
+            with self._changed:
                 outcomes, self._outcomes = self._outcomes, []
                 if not outcomes:
                     return
