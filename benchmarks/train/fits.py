@@ -157,13 +157,14 @@ def tuned(folder: Path, asked: dict[str, Any], way: dict[str, Any] | None, threa
     else:
         record = tune(model, data=data, out=folder / "out", lora=lora, config=config, source=source, memory=budget)
         assert record.fit is not None
-        chosen, predicted = record.fit["setting"], record.fit["predicted_peak_bytes"]
+        chosen, start = record.fit["setting"], record.fit["start_bytes"]
+        predicted = start + record.fit["predicted_peak_bytes"]
     return {
         "budget_bytes": budget,
         "predicted_bytes": predicted,
         "chosen": chosen,
         "tokens_per_s": record.tokens_per_s,
-        "probe_bytes": None if record.fit is None else record.fit["measured_peak_bytes"],
+        "probe_bytes": None if record.fit is None else record.fit["start_bytes"] + record.fit["measured_peak_bytes"],
         "losses": [step["loss"] for step in record.steps],
         "ways": [vars(one) for one, size in ways.items() if size <= budget],
     }

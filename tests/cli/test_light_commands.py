@@ -113,3 +113,7 @@ def test_inspect_reads_columns_by_name(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("ask,reply\nHow many?,SELECT 1\n")
     record = cli("data", "inspect", tmp_path / "rows.csv", "--columns", "instruction=ask,answer=reply", "--json").json
     assert "SELECT 1" in json.dumps(record["rows"])
+
+
+def test_inspect_refuses_a_negative_number_of_rows(cli: Cli) -> None:
+    cli("data", "inspect", "text-to-sql:train:4", "--rows", -1).fails(2, "--rows is out of range", "0 or more")

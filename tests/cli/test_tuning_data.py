@@ -39,8 +39,8 @@ def test_impossible_data_options_are_one_line(tune, rows_file: Path) -> None:
     tune(rows_file, "--eval-split", 2.5).fails(2, "2.5", "a share below 1")
     tune(rows_file, "--eval-split", 24).fails(2, "no row is left to train on", "24 rows")
     tune(rows_file, "--eval-split", 0.1, "--eval-data", rows_file).fails(2, "--eval-data", "--eval-split")
-    tune(rows_file, "--pack-to", 0).fails(2, "tokens_per_step", "at least 1")
-    tune(rows_file, "--pack-to", 300, "--gradient-accumulation", 2).fails(2, "tokens_per_step", "gradient_accumulation")
+    tune(rows_file, "--pack-to", 0).fails(2, "--pack-to", "at least 1")
+    tune(rows_file, "--pack-to", 300, "--gradient-accumulation", 2).fails(2, "--pack-to", "--gradient-accumulation")
     tune(rows_file, "--learn", "first").fails(2, "learn", "all or last")
 
 

@@ -105,32 +105,46 @@ def test_missing_file_and_folder_are_told_apart(tmp_path: Path) -> None:
         file_records(tmp_path)
 
 
-def test_bad_lines_of_jsonl_are_numbered_and_the_rest_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.jsonl", b'{"a": 1}\n{"a": \n\n\xff\n' + b"[" * 200_000 + b'\n{"a": 2}\n')
-    records = list(file_records(path))
-    assert [record.number for record in records] == [1, 2, 4, 5, 6]
-    assert [record.value for record in records] == [{"a": 1}, None, None, None, {"a": 2}]
-    assert "column" in str(records[1].problem)
-    assert "UTF-8" in str(records[2].problem)
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"a": ', "is not valid JSON in line 3; got"),
+        (b"\xff", "is not UTF-8 text in line 3"),
+        (b"[" * 200_000, "is not valid JSON in line 3"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_line_that_is_no_json_is_an_error_that_names_it(tmp_path: Path, name: str, line: bytes, message: str) -> None:
+    path = write(tmp_path, name, b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
+    if name == "a.json" and line == b"\xff":
+        message = "is not UTF-8 text"  # told before anybody knows that it has lines
+    records = file_records(path)
+    with pytest.raises(DataError, match=message) as caught:
+        list(records)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_csv_cells_may_hold_newlines_and_bad_rows_name_their_line(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.csv", '\ufeffq,a\r\n"one\nline","x ""y"""\r\n\r\nonly\r\nz,"é, 😀"\r\n')
-    records = list(file_records(path))
-    assert [(record.number, record.value) for record in records if record.value] == [
+def test_csv_cells_may_hold_newlines_and_rows_are_numbered_by_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", '\ufeffq,a\r\n"one\nline","x ""y"""\r\n\r\nz,"é, 😀"\r\n')
+    assert [(record.number, record.value) for record in file_records(path)] == [
         (2, {"q": "one\nline", "a": 'x "y"'}),
-        (6, {"q": "z", "a": "é, 😀"}),
+        (5, {"q": "z", "a": "é, 😀"}),
     ]
-    bad = [(record.number, record.problem) for record in records if record.problem]
-    assert bad == [(5, "1 cells, but the header has 2")]
 
 
-def test_csv_cell_may_be_long_and_a_stray_quote_is_a_bad_row(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.csv", "q,a\n" + "x" * 300_000 + ",1\n" + '"y"z,2\nw,3\n')
-    records = list(file_records(path))
-    assert records[0].value == {"q": "x" * 300_000, "a": "1"}
-    assert "not valid CSV" in str(records[1].problem)
-    assert records[-1].value == {"q": "w", "a": "3"}
+def test_csv_cell_may_be_long(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "q,a\n" + "x" * 300_000 + ",1\n")
+    assert values(path) == [{"q": "x" * 300_000, "a": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("only", "has 1 cells in line 3; expected 2"), ('"y"z,2', "is not valid CSV in line 3")]
+)
+def test_csv_line_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path, "a.csv", f"q,a\nv,1\n{line}\nw,3\n")
+    with pytest.raises(DataError, match=message):
+        values(path)
 
 
 def test_tsv_is_split_at_tabs(tmp_path: Path) -> None:

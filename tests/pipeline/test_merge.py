@@ -78,6 +78,6 @@ def test_merge_keeps_the_dtype_asked_for(tuned: TuneRecord, tmp_path: Path) -> N
 
 
 def test_merging_a_plain_model_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no adapter"):
+    with pytest.raises(ConfigError, match="is a model already, not an adapter"):
         merge(str(tiny), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -70,3 +70,18 @@ def test_disk_that_fails_stops_the_log_and_not_the_run(tmp_path: Path) -> None:
     log.close()
     with pytest.raises(DataError, match="cannot be read"):
         read_step_log(tmp_path / "missing.jsonl")
+
+
+def test_a_full_disk_is_noted_also_when_the_file_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, line: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    log = StepLog(tmp_path / "steps.jsonl")
+    monkeypatch.setattr(log, "_open", Full)
+    log.step(record(1))
+    log.close()
+    assert "No space left on device; the run goes on without it" in str(log.broken)

@@ -56,8 +56,9 @@ def test_the_process_stays_within_its_budget(tmp_path: Path, seed: int) -> None:
     assert done.returncode == 0, done.stderr[-1000:]
     found = json.loads(done.stdout)
     assert found["peak"] <= found["budget"]
-    assert found["fit"]["measured_peak_bytes"] <= found["budget"]
-    assert found["fit"]["predicted_peak_bytes"] <= found["budget"]
+    fit = found["fit"]
+    assert fit["start_bytes"] + fit["measured_peak_bytes"] <= found["budget"]
+    assert fit["start_bytes"] + fit["predicted_peak_bytes"] + fit["correction_bytes"] <= found["budget"]
 
 
 def run(model: Path, data: Path, out: Path, *, resume: str = "auto", **settings: Any) -> TuneRecord:
@@ -106,7 +107,7 @@ def test_a_budget_below_what_is_there_is_refused_before_the_model_is_loaded(
         raise AssertionError("loaded")
 
     monkeypatch.setattr(tune_module, "open_decoder", fail)
-    with pytest.raises(CapacityError, match=r"nothing fits into .* at least .*--method qlora-4bit") as caught:
+    with pytest.raises(CapacityError, match=r"nothing fits into .* the smallest budget") as caught:
         run(tiny, rows_file, tmp_path / "out", memory=resident_bytes() // 2)
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out").exists()
@@ -148,7 +149,8 @@ def test_a_rehearsal_predicts_tries_and_writes_nothing(tiny: Path, rows_file: Pa
     assert record.fit is None
     assert record.steps == 6
     assert record.predicted_peak_bytes == sum(record.predicted_components.values())
-    assert record.predicted_components["runtime"] > 0
+    assert record.predicted_peak_bytes == sum(record.predicted_parts.values())
+    assert record.start_bytes > 0
     assert record.measured_peak_bytes > 0
     assert record.seconds == pytest.approx(record.tokens / record.tokens_per_s)
     assert list(tmp_path.iterdir()) == []

@@ -82,7 +82,7 @@ def test_the_same_call_goes_on_and_the_result_is_bit_for_bit_that_of_one_run(
     assert "going on after step 3" in said[1]
     assert not (tmp_path / "out" / "checkpoints").exists()
     assert second.seconds >= sum(step["seconds"] for step in second.steps)
-    with pytest.raises(ConfigError, match="is not empty"):
+    with pytest.raises(ConfigError, match="holds a run that is over"):
         go()
 
 
@@ -127,7 +127,7 @@ def test_what_is_not_the_same_run_is_named(go: Any, tmp_path: Path, rows_file: P
 
 def test_never_begins_anew_where_that_is_allowed(go: Any) -> None:
     go(press_at=3)
-    with pytest.raises(ConfigError, match="is not empty"):
+    with pytest.raises(ConfigError, match="holds an unfinished run"):
         go(resume=ResumeConfig(resume="never"))
     record = go(resume=ResumeConfig(resume="never"), overwrite=True, press_at=1)
     assert (record.resumed_from, len(record.steps)) == (None, 1)

@@ -32,8 +32,8 @@ class Notebook:
     def __init__(self) -> None:
         self.lines: list[tuple[Any, ...]] = []
 
-    def start(self, run: str) -> None:
-        self.lines.append(("start", run))
+    def start(self, run: str, *, resumed: bool = False) -> None:
+        self.lines.append(("start", run, resumed))
 
     def params(self, params: Mapping[str, Any]) -> None:
         self.lines.append(("params", dict(params)))
@@ -96,7 +96,10 @@ def test_tracker_hears_params_steps_evaluations_and_the_end(tmp_path: Path) -> N
         watch.on_evaluation(EvalRecord(step=2, loss=None, seconds=0.1))
     (tmp_path / "burnish.json").write_text("{}")
     watch.end_tracking({"seconds": 2, "predicted": None}, interrupted=True)
-    assert book.lines[:2] == [("start", "adapter"), ("params", {"model": "m", "train.steps": 10, "train.lora.rank": 4})]
+    assert book.lines[:2] == [
+        ("start", "adapter", False),
+        ("params", {"model": "m", "train.steps": 10, "train.lora.rank": 4}),
+    ]
     _, step, figures = book.lines[2]
     assert step == 1
     assert figures.keys() == {"loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_bytes"}

@@ -87,6 +87,26 @@ def test_kept_bytes_of_fused_blocks_are_within_a_tenth(kind: str, precision: Any
     assert parts["activations"] == pytest.approx(kept, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt"])
+@pytest.mark.parametrize(("dora", "dropout"), [(True, 0.0), (False, 0.1), (True, 0.1)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_kept_bytes_with_dora_or_dropout_are_within_a_tenth(
+    kind: str, precision: Any, dora: bool, dropout: float
+) -> None:
+    config, dtype = make_config(kind), getattr(torch, precision)
+    if not available("cpu", dtype):
+        pytest.skip("the kernels are not compiled here")
+    model = Decoder(config, dtype=dtype).initialize().train()
+    attach_lora(model, LoraConfig(rank=RANK, use_dora=dora, dropout=dropout), seed=0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    runner = StepRunner(model, trained, TrainConfig(), precision)
+    with runner.prepared():
+        runner.accumulate([Row([token % 64 for token in range(TOKENS)], [-100] * (TOKENS - 1) + [1])])
+    parts = predicted(config, precision=precision, method="lora", dora=dora, dropout=dropout > 0)
+    assert parts["activations"] == pytest.approx(runner.activation_bytes, rel=0.1)
+    assert parts["gradients"] == 4 * sum(parameter.numel() for parameter in trained)
+
+
 @pytest.mark.parametrize("kind", FUSED)
 def test_joined_adapters_are_those_of_the_groups(kind: str) -> None:
     if not available("cpu", torch.float32):
@@ -114,6 +134,8 @@ def test_blocks_fuse_where_the_trainer_fuses_them(kind: str) -> None:
         assert fuses(config, machine(), PlanOptions()) == (runner._fused.num_blocks > 0 or kind in FUSED)
     assert not fuses(config, machine("cuda"), PlanOptions())
     assert not fuses(config, machine(), PlanOptions(packing=False))
+    assert not fuses(config, machine(), PlanOptions(dora=True))
+    assert not fuses(config, machine(), PlanOptions(dropout=True))
 
 
 @pytest.mark.parametrize("tokens", [2, 31, 33, 34, 100, 128, 129, 130, 300])

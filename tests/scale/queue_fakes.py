@@ -16,7 +16,8 @@ from burnish.scale.leases import NoPublisher
 from burnish.scale.opening import QueueAddress, open_worker
 from burnish.scale.store import JobStore
 from burnish.scale.submit import submit_file
-from burnish.scale.worker import Worker, WorkerReport
+from burnish.scale.worker import Worker
+from burnish.scale.worker_settings import WorkerReport
 
 
 class TurningEngine:

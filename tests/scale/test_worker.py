@@ -19,7 +19,8 @@ from burnish.scale.opening import QueueAddress
 from burnish.scale.reading import read_results
 from burnish.scale.store import JobStore, Loaded, Outcome
 from burnish.scale.tables import DEAD, DONE, PENDING, RUNNING, items
-from burnish.scale.worker import Worker, WorkerSettings
+from burnish.scale.worker import Worker
+from burnish.scale.worker_settings import WorkerSettings
 
 
 def wait_until(true: object, seconds: float = 300.0) -> None:

@@ -24,7 +24,7 @@ class Broken(NullTracker):
         if name == self.at:
             raise self.error
 
-    def start(self, run: str) -> None:
+    def start(self, run: str, *, resumed: bool = False) -> None:
         self._maybe("start")
 
     def params(self, params: Mapping[str, Any]) -> None:

@@ -33,6 +33,10 @@ def random_case(seed: int) -> tuple[list[Setting], dict[Setting, int], dict[Sett
     )
 
 
+def no_remedy(least: Setting, needed: int) -> str:
+    return ""
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_choice_fits_is_the_fastest_and_never_slower_with_more_memory(seed: int) -> None:
     candidates, peak, time = random_case(seed)
@@ -40,9 +44,9 @@ def test_choice_fits_is_the_fastest_and_never_slower_with_more_memory(seed: int)
     for budget in range(0, 1100, 50):
         if budget < min(peak.values()):
             with pytest.raises(CapacityError, match="nothing fits"):
-                choose(candidates, budget=budget, peak=peak.__getitem__, time=time.__getitem__, remedy="")
+                choose(candidates, budget=budget, peak=peak.__getitem__, time=time.__getitem__, remedy=no_remedy)
             continue
-        choice = choose(candidates, budget=budget, peak=peak.__getitem__, time=time.__getitem__, remedy="")
+        choice = choose(candidates, budget=budget, peak=peak.__getitem__, time=time.__getitem__, remedy=no_remedy)
         assert choice.peak_bytes == peak[choice.setting] <= budget
         assert choice.cost == min(time[one] for one in candidates if peak[one] <= budget)
         assert choice.cost <= before
@@ -52,11 +56,16 @@ def test_choice_fits_is_the_fastest_and_never_slower_with_more_memory(seed: int)
 def test_a_budget_that_holds_nothing_names_the_least_and_what_to_try() -> None:
     candidates = settings(TrainConfig(), precisions=("bfloat16",), device="cpu", layers=4)
     with pytest.raises(CapacityError) as caught:
-        choose(candidates, budget=5 << 20, peak=lambda one: 100 << 20, time=lambda one: 1.0, remedy="Try less.")
+        choose(
+            candidates,
+            budget=5 << 20,
+            peak=lambda one: 100 << 20,
+            time=lambda one: 1.0,
+            remedy=lambda least, needed: f"{needed >> 20} is the least, with {least.micro_batch_tokens} tokens.",
+        )
     assert caught.value.exit_code == 3
     assert "5 MiB" in caught.value.message
-    assert "at least 100 MiB" in caught.value.message
-    assert "Try less." in caught.value.message
+    assert "100 is the least, with 512 tokens." in caught.value.message
 
 
 def test_what_is_given_is_kept_and_rows_of_a_step_stay() -> None:

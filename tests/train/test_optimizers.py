@@ -179,8 +179,12 @@ def test_adamw_is_torchs_bit_for_bit() -> None:
 def test_training_imports_no_compiler() -> None:
     code = (
         "import sys, torch\n"
+        "from burnish.train.adafactor import Adafactor\n"
         "from burnish.train.adamw import AdamW\n"
-        "p = torch.nn.Parameter(torch.ones(3)); o = AdamW([p]); p.sum().backward(); o.step(); o.zero_grad()\n"
+        "from burnish.train.lion import Lion\n"
+        "kind = {each.__name__: each for each in (AdamW, Adafactor, Lion)}[sys.argv[1]]\n"
+        "p = torch.nn.Parameter(torch.ones(3)); o = kind([p]); p.sum().backward(); o.step(); o.zero_grad()\n"
         "assert 'torch._dynamo' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in ("AdamW", "Adafactor", "Lion"):
+        subprocess.run([sys.executable, "-c", code, name], check=True)

@@ -76,7 +76,7 @@ def open_chat(
     """
     started = time.perf_counter()
     recorded: dict[str, Any] | None = None
-    if engine == "native" and (adapter is not None or is_adapter_folder(model)):
+    if engine == "native" and (adapter is not None or is_adapter_folder(model)) and not options.sharded:
         opened = open_decoder(
             model, source, adapter=adapter, quantize=options.quantize, weights_cache=options.weights_cache
         )

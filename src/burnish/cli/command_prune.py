@@ -47,6 +47,7 @@ def prune(
     min_agreement: options.MinAgreement = None,
     max_perplexity_ratio: options.MaxPerplexityRatio = None,
     max_score_drop: options.MaxScoreDrop = None,
+    track: options.Track = None,
     config: options.Config = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -67,6 +68,7 @@ def prune(
     from burnish.pipeline.opening import Source
     from burnish.pipeline.prune import prune as run
     from burnish.pipeline.recovery import RecoverConfig
+    from burnish.pipeline.tracked import tracked_to
 
     amount: dict[str, Any] = {} if sparsity is None else parse_sparsity(sparsity)
     if damping is not None:
@@ -90,7 +92,11 @@ def prune(
         offline=offline,
         allow_pickle=allow_pickle,
     )
-    with watching(quiet=quiet) as progress:
+    told = {"model": model, "config": settings, "recover": recovery, "samples": samples}
+    with (
+        watching(quiet=quiet) as progress,
+        tracked_to(track, "prune", told, folder=out, say=progress.say) as stage,
+    ):
         record = run(
             model,
             out=out,
@@ -112,4 +118,5 @@ def prune(
             overwrite=overwrite,
             progress=progress,
         )
+        stage.made(out)
     print_json(record) if json else show_prune(stdout(), record)

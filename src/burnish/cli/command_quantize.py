@@ -90,6 +90,7 @@ def quantize(
     resume: Annotated[
         str, typer.Option(metavar="auto|never", help="Go on with the unfinished quantization that --out holds.")
     ] = "auto",
+    track: options.Track = None,
     config: options.Config = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -110,6 +111,7 @@ def quantize(
     from burnish.pipeline.opening import Source
     from burnish.pipeline.qat import QatConfig
     from burnish.pipeline.quantize import quantize as run
+    from burnish.pipeline.tracked import tracked_to
 
     mixed = None
     if target_bits is not None or max_size is not None:
@@ -143,7 +145,11 @@ def quantize(
     source = Source(
         device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
     )
-    with watching(quiet=quiet) as progress:
+    told = {"model": model, "config": settings, "mixed": mixed, "qat": training, "samples": samples}
+    with (
+        watching(quiet=quiet) as progress,
+        tracked_to(track, "quantize", told, folder=out, say=progress.say) as stage,
+    ):
         record = run(
             model,
             out=out,
@@ -169,4 +175,5 @@ def quantize(
             progress=progress,
             notify=progress.say,
         )
+        stage.made(out)
     print_json(record) if json else show_quantize(stdout(), record)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from burnish.cli import options
+from burnish.cli import options, ray_options
 from burnish.cli.output import counted, note, print_json, stdout, watching
 from burnish.errors import ConfigError, DataError
 
@@ -135,6 +135,11 @@ def work(
     broker: Broker = None,
     queue: Queue = "default",
     workers: Annotated[int, typer.Option(help="Processes; one that dies is started again.")] = 1,
+    ray: ray_options.Ray = None,
+    resources: ray_options.Resources = None,
+    min_workers: ray_options.MinWorkers = None,
+    max_workers: ray_options.MaxWorkers = None,
+    shrink_after: ray_options.ShrinkAfter = None,
     until_empty: Annotated[bool, typer.Option("--until-empty", help="End when every item has a result.")] = False,
     lease: Annotated[
         float,
@@ -149,6 +154,8 @@ def work(
     kv_dtype: options.KvDtype = None,
     max_batch_tokens: options.MaxBatchTokens = None,
     speculation: options.Speculation = "auto",
+    tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
     config: options.Config = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
@@ -166,6 +173,29 @@ def work(
         name, got = ("concurrency", concurrency) if concurrency < 1 else ("workers", workers)
         raise ConfigError(f"{name} is out of range", got=got, expected="1 or more")
     address = QueueAddress(store=store, broker=broker, queue=queue)
+    described = model if adapter is None else f"{model} with {adapter}"
+    given_source: dict[str, Any] = {
+        "device": device, "dtype": dtype, "threads": threads, "revision": revision, "offline": offline,
+        "allow_pickle": allow_pickle,
+    }  # fmt: skip
+    given_options: dict[str, Any] = {
+        "quantize": quantize, "weights_cache": weights_cache, "memory": memory, "kv_memory": kv_memory,
+        "kv_dtype": kv_dtype, "max_batch_tokens": max_batch_tokens, "speculation": speculation,
+        "tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel,
+    }  # fmt: skip
+    if ray is not None:
+        from burnish.cli.queue_on_ray import QueueEngine, RayWish, absolute, work_on_ray
+
+        where, on = absolute(model) or model, absolute(adapter)
+        made = QueueEngine(model=where, adapter=on, slots=concurrency, source=given_source, options=given_options)
+        wish = RayWish(ray, workers, min_workers, max_workers, resources, shrink_after)
+        return work_on_ray(
+            wish, address, made, model=described, lease_s=lease, until_empty=until_empty, json=json, quiet=quiet,
+            stopping=_stopping,
+        )  # fmt: skip
+    ray_options.refuse_without_ray(
+        resources=resources, min_workers=min_workers, max_workers=max_workers, shrink_after=shrink_after
+    )
     if workers > 1:
         if json:
             raise ConfigError("--json tells of one worker", got=f"--workers {workers}")
@@ -173,18 +203,7 @@ def work(
     from burnish.pipeline.opening import EngineOptions, Source, open_engine
     from burnish.scale.opening import open_worker
 
-    source = Source(
-        device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
-    )
-    engine_options = EngineOptions(
-        quantize=quantize,
-        weights_cache=weights_cache,
-        memory=memory,
-        kv_memory=kv_memory,
-        kv_dtype=kv_dtype,
-        max_batch_tokens=max_batch_tokens,
-        speculation=speculation,
-    )
+    source, engine_options = Source(**given_source), EngineOptions(**given_options)
 
     def engine() -> Any:
         return open_engine(model, source, adapter=adapter, max_num_seqs=concurrency, options=engine_options)
@@ -194,7 +213,7 @@ def work(
         open_worker(
             address,
             engine,
-            model=model if adapter is None else f"{model} with {adapter}",
+            model=described,
             slots=concurrency,
             until_empty=until_empty,
             lease_s=lease,

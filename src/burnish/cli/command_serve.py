@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from burnish.cli import options
+from burnish.cli import options, ray_options
+from burnish.cli.command_compare import page_url, require_page, with_page
 from burnish.cli.output import note, print_json
 from burnish.errors import ConfigError
 
@@ -18,6 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
+    context: typer.Context,
     model: options.ModelArgument,
     adapter: Annotated[
         list[str] | None,
@@ -39,6 +41,16 @@ def serve(
         typer.Option(
             metavar="FILE",
             help="API keys, one a line; else those of BURNISH_API_KEYS, joined by commas. Without, anybody may ask.",
+        ),
+    ] = None,
+    ui: Annotated[
+        bool, typer.Option("--ui", help="Also a page at /ui/ where the model and its adapters answer side by side.")
+    ] = False,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="With --ui: a further model on the page, in an engine of its own; may be given several times.",
         ),
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Answers computed at once.")] = 32,
@@ -63,6 +75,13 @@ def serve(
     max_restarts: Annotated[
         int, typer.Option(help="Engine failures within ten minutes after which the server gives up.")
     ] = 5,
+    ray: ray_options.Ray = None,
+    replicas: ray_options.Replicas = None,
+    resources: ray_options.Resources = None,
+    track: options.Track = None,
+    track_interval: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Rates, latencies and accuracy go to the tracker so often.")
+    ] = 30.0,
     quantize: options.Quantize = "none",
     weights_cache: options.WeightsCache = True,
     memory: options.Memory = None,
@@ -70,6 +89,8 @@ def serve(
     kv_dtype: options.KvDtype = None,
     max_batch_tokens: options.MaxBatchTokens = None,
     speculation: options.Speculation = "auto",
+    tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
     config: options.Config = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
@@ -90,13 +111,23 @@ def serve(
 
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, extra="serve")
-    from burnish.pipeline.serving import ServedEngine, open_served
+    if ui:
+        require_page()
+    elif compare:
+        raise ConfigError("--compare is for the page", remedy="Add --ui.")
+    from burnish.pipeline.comparing import threads_each
+    from burnish.pipeline.serving import ServedEngine, follow_launched, open_served
+    from burnish.pipeline.tracked import tracked
     from burnish.serve.app import make_app
     from burnish.serve.keys import load_keys
+    from burnish.serve.reporting import reporting
     from burnish.serve.server import bind, is_loopback, run_server, url_of
     from burnish.serve.service import Service
     from burnish.serve.settings import ServeSettings
+    from burnish.track.making import make_tracker
 
+    if not 1 <= track_interval <= 86400:
+        raise ConfigError("track-interval is out of range", got=track_interval, expected="1 to 86400 seconds")
     settings = ServeSettings(
         max_running=concurrency,
         max_queue=max_queue,
@@ -108,6 +139,7 @@ def serve(
         max_restarts=max_restarts,
     )
     keys = load_keys(api_keys)
+    tracker = make_tracker(track, warn=lambda line: note(line, quiet=quiet))
     engine = ServedEngine(
         dtype=dtype,
         device=device,
@@ -117,14 +149,26 @@ def serve(
         memory=memory,
         kv_memory=kv_memory,
         kv_dtype=kv_dtype,
-        threads=threads,
+        threads=threads if threads is not None or not compare else threads_each(1 + len(compare)),
         quantize=quantize,
         weights_cache=weights_cache,
         speculation=speculation,
         revision=revision,
         offline=offline,
         allow_pickle=allow_pickle,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
     )
+    follow_launched(engine)
+    if ray is not None:
+        from burnish.cli.serve_on_ray import serve_with_ray
+
+        ray_options.refuse_with_ray(context, "slow_reader", "ui", "compare", "track", "track_interval")
+        return serve_with_ray(
+            ray, model, engine, settings, name=name, adapters=_adapters(adapter), base=base, host=host, port=port,
+            keys=keys, replicas=1 if replicas is None else replicas, resources=resources, json=json, quiet=quiet,
+        )  # fmt: skip
+    ray_options.refuse_without_ray(replicas=replicas, resources=resources)
     listener = bind(host, port)
     try:
         served = open_served(model, engine, name=name, adapters=_adapters(adapter), base=base)
@@ -132,6 +176,14 @@ def serve(
         listener.close()
         raise
     service = Service(served, settings, keys=keys, say=lambda line: note(line, quiet=quiet))
+    app: Any = make_app(service)
+    running: Any = service
+    if ui:
+        try:
+            app, running = with_page(app, service, engine, compare or [], settings, keys)
+        except BaseException:
+            listener.close()
+            raise
     url = url_of(listener)
     names = [each.name for each in served.models]
     if keys is None and not is_loopback(listener):
@@ -142,8 +194,15 @@ def serve(
             print_json({"url": url, "models": names, "api_keys": keys is not None})
             sys.stdout.flush()
         note(f"serving {', '.join(names)} at {url} (Ctrl-C ends it)", quiet=quiet or json)
+        if ui:
+            note(f"the page is at {page_url(listener)}", quiet=quiet or json)
 
-    return run_server(make_app(service), service, listener, on_ready=on_ready)
+    told = {"models": {each.name: each.fingerprint for each in served.models}, "engine": engine, "server": settings}
+    with (
+        tracked(tracker, f"serve-{names[0]}", told),
+        reporting(service.metrics.registry, tracker, interval_s=track_interval),
+    ):
+        return run_server(app, running, listener, on_ready=on_ready)
 
 
 def _adapters(given: list[str] | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ import typer
 
 from burnish.cli import options
 from burnish.cli.output import note, print_json, stderr, stdout, watching
+from burnish.cli.setting_names import check_tune_options, made_together, named_as_given
 from burnish.errors import ConfigError
 
 
@@ -121,7 +122,10 @@ def tune(
     """Tune MODEL on rows: a PEFT-format LoRA adapter, or all weights."""
     if profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log; read when torch is imported
-    from burnish.cli.show_stages import show_operators, show_rehearsal, show_tune
+    from torch import get_num_threads
+
+    from burnish.cli.show_tune import show_operators, show_rehearsal, show_tune
+    from burnish.measure.busy import busy_warning
     from burnish.pipeline.examples import DataConfig
     from burnish.pipeline.launching import is_rank, launch
     from burnish.pipeline.opening import Source
@@ -140,53 +144,53 @@ def tune(
     )
     settings: dict[str, Any] = {"method": method, "schedule": schedule, "precision": precision}
     settings |= {"optimizer": optimizer, "sharding": sharding}
-    train_config = TrainConfig(
-        steps=steps,
-        epochs=epochs,
-        micro_batch_size=micro_batch_size,
-        micro_batch_tokens=micro_batch_tokens,
-        packing=packing,
-        gradient_accumulation=gradient_accumulation,
-        tokens_per_step=pack_to,
-        learning_rate=learning_rate,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        min_rate=min_rate,
-        offload_activations=offload_activations,
-        offload_optimizer=offload_optimizer,
-        neftune=neftune,
-        max_grad_norm=max_grad_norm,
-        gradient_checkpointing=gradient_checkpointing,
-        checkpoint_every=checkpoint_every,
-        eval_every=eval_every,
-        max_seconds=max_seconds,
-        early_stopping_patience=early_stopping,
-        early_stopping_min_delta=min_delta,
-        keep_best=keep_best,
-        save_every=save_every,
-        keep_last=keep_last,
-        seed=seed,
-        freeze=tuple(part.strip() for part in (freeze or "").split(",") if part.strip()),
-        **settings,
-    )
-    if method == "full" and (dora or rslora):
-        raise ConfigError(
-            f"--{'dora' if dora else 'rslora'} is for adapters", got="--method full", remedy="Leave one of them out."
-        )
-    lora = LoraConfig(
-        rank=rank, alpha=alpha, dropout=dropout, target_modules=roles, use_dora=dora, rank_stabilized=rslora
-    )
-    rows = DataConfig(
-        source=data,
-        template=template,
-        columns=options.parse_columns(columns),
-        max_length=max_length,
-        too_long=too_long,
-        learn=learn,
-        limit=limit,
-        check_sql=check_sql,
-        seed=seed,
-        offline=offline,
+    train_config, lora, rows, _ = made_together(
+        context,
+        lambda: TrainConfig(
+            steps=steps,
+            epochs=epochs,
+            micro_batch_size=micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
+            packing=packing,
+            gradient_accumulation=gradient_accumulation,
+            tokens_per_step=pack_to,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            min_rate=min_rate,
+            offload_activations=offload_activations,
+            offload_optimizer=offload_optimizer,
+            neftune=neftune,
+            max_grad_norm=max_grad_norm,
+            gradient_checkpointing=gradient_checkpointing,
+            checkpoint_every=checkpoint_every,
+            eval_every=eval_every,
+            max_seconds=max_seconds,
+            early_stopping_patience=early_stopping,
+            early_stopping_min_delta=min_delta,
+            keep_best=keep_best,
+            save_every=save_every,
+            keep_last=keep_last,
+            seed=seed,
+            freeze=tuple(part.strip() for part in (freeze or "").split(",") if part.strip()),
+            **settings,
+        ),
+        lambda: LoraConfig(
+            rank=rank, alpha=alpha, dropout=dropout, target_modules=roles, use_dora=dora, rank_stabilized=rslora
+        ),
+        lambda: DataConfig(
+            source=data,
+            template=template,
+            columns=options.parse_columns(columns),
+            max_length=max_length,
+            too_long=too_long,
+            learn=learn,
+            limit=limit,
+            check_sql=check_sql,
+            seed=seed,
+            offline=offline,
+        ),
+        lambda: check_tune_options(context, context.params),
     )
     if dry_run and (processes != 1 or is_rank()):
         raise ConfigError("a dry run is of one process", remedy="Leave --processes out.")
@@ -194,6 +198,7 @@ def tune(
         command = [sys.executable, "-m", "burnish", *context.find_root().obj]
         return launch(command, processes=processes, threads=threads)
     with (
+        named_as_given(context),
         joined(sharding=sharding, device=local_device(device), processes=processes) as ranks,
         watching(quiet=quiet or not ranks.is_main) as progress,
     ):
@@ -205,6 +210,8 @@ def tune(
             allow_pickle=allow_pickle,
             dtype=dtype or ("float32" if memory is None else "auto"),
         )
+        if ranks.alone and (busy := busy_warning(get_num_threads(), device=device)):
+            progress.say(busy)
         if dry_run:
             plan = rehearse(
                 model,
@@ -233,7 +240,7 @@ def tune(
             source=source,
             overwrite=overwrite,
             resume=ResumeConfig(resume=resume, keep_checkpoints=keep_checkpoints),
-            tracker=make_tracker(track, warn=progress.say) if ranks.is_main else None,
+            tracker=make_tracker(track, beside=out, warn=progress.say) if ranks.is_main else None,
             profile=profile and ranks.is_main,
             progress=progress,
             notify=progress.say,
@@ -273,6 +280,7 @@ def merge(
     min_agreement: options.MinAgreement = None,
     max_perplexity_ratio: options.MaxPerplexityRatio = None,
     max_score_drop: options.MaxScoreDrop = None,
+    track: options.Track = None,
     config: options.Config = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
@@ -288,9 +296,13 @@ def merge(
     from burnish.pipeline.gates import GateOptions
     from burnish.pipeline.merge import merge as run
     from burnish.pipeline.opening import Source
+    from burnish.pipeline.tracked import tracked_to
 
     source = Source(device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
-    with watching(quiet=quiet) as progress:
+    with (
+        watching(quiet=quiet) as progress,
+        tracked_to(track, "merge", {"adapter": list(adapter), "dtype": dtype}, folder=out, say=progress.say) as stage,
+    ):
         record = run(
             adapter,
             out=out,
@@ -311,6 +323,7 @@ def merge(
             overwrite=overwrite,
             progress=progress,
         )
+        stage.made(out)
     print_json(record) if json else show_merge(stdout(), record)
 
 

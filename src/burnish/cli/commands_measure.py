@@ -35,6 +35,8 @@ def evaluate(
     adapter: options.Adapter = None,
     quantize: options.Quantize = "none",
     weights_cache: options.WeightsCache = True,
+    tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
     template: options.Template = "auto",
     columns: options.Columns = None,
     limit: Annotated[int | None, typer.Option(help="Use this many rows at most.")] = None,
@@ -49,6 +51,7 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option("--report", help="Write parent and child side by side to this file (html, md).")
     ] = None,
+    track: options.Track = None,
     config: options.Config = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -70,6 +73,7 @@ def evaluate(
     from burnish.pipeline.gates import GateOptions, gate_error
     from burnish.pipeline.opening import Source
     from burnish.pipeline.side_by_side import write_comparison
+    from burnish.pipeline.tracked import tracked_to
 
     rows = None
     if data is not None or limit is not None:
@@ -96,7 +100,11 @@ def evaluate(
         raise ConfigError("limits and --report need a parent", remedy="Name it with --against.")
     if report is not None and report.suffix not in (".html", ".md"):
         raise ConfigError("--report has no known ending", got=str(report), expected=".html or .md")
-    with watching(quiet=quiet) as progress:
+    told = {"model": model, "task": task, "data": rows, "against": against, "adapter": adapter, "quantize": quantize}
+    with (
+        watching(quiet=quiet) as progress,
+        tracked_to(track, "eval", told, say=progress.say) as stage,
+    ):
         record = run(
             model,
             task=task,
@@ -105,13 +113,18 @@ def evaluate(
             adapter=adapter,
             quantize=quantize,
             weights_cache=weights_cache,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
             max_tokens=max_tokens,
             gate_options=limits,
             source=source,
             progress=progress,
         )
+        stage.record(record)
+        if report is not None:
+            write_comparison(report, record, source)
+            stage.tracker.artifact(report)
     if report is not None:
-        write_comparison(report, record, source)
         note(f"written: {report}", quiet=quiet)
     if record.num_bad_rows:
         note(f"{record.num_bad_rows} bad rows were left out; see them with: burnish data inspect", quiet=quiet)
@@ -142,10 +155,13 @@ def bench(
     kv_dtype: options.KvDtype = None,
     max_batch_tokens: options.MaxBatchTokens = None,
     speculation: options.Speculation = "auto",
+    tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
     adapter: options.Adapter = None,
     repeats: Annotated[int, typer.Option(help="Measured passes.")] = 3,
     warmup: Annotated[int, typer.Option(help="Passes before them that are not measured.")] = 1,
     kv_cache: Annotated[bool, typer.Option(help="Keep keys and values; without, every token is computed anew.")] = True,
+    track: options.Track = None,
     config: options.Config = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -162,6 +178,7 @@ def bench(
     from burnish.measure.bench import VersusResult, Workload
     from burnish.pipeline.bench import bench as run
     from burnish.pipeline.opening import EngineOptions, Source
+    from burnish.pipeline.tracked import tracked_to
 
     workload = Workload(
         input_tokens=input_tokens,
@@ -173,7 +190,11 @@ def bench(
     source = Source(
         device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
     )
-    with watching(quiet=quiet) as progress:
+    told = {"model": model, "workload": workload, "engine": engine, "against": vs, "quantize": quantize}
+    with (
+        watching(quiet=quiet) as progress,
+        tracked_to(track, "bench", told, say=progress.say) as stage,
+    ):
         result = run(
             model,
             workload=workload,
@@ -193,10 +214,13 @@ def bench(
                 max_batch_tokens=max_batch_tokens,
                 speculation=speculation,
                 kv_cache=kv_cache,
+                tensor_parallel=tensor_parallel,
+                pipeline_parallel=pipeline_parallel,
             ),
             source=source,
             progress=progress,
         )
+        stage.record(result.to_dict())
     if json:
         print_json(result.to_dict())
     elif isinstance(result, VersusResult):

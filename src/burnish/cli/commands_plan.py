@@ -43,6 +43,9 @@ def plan(
     precision: Annotated[str, typer.Option(help="Of training: auto, float32 or bfloat16.")] = "auto",
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
     bits: Annotated[int, typer.Option(help="Bits of the quantization stage.")] = 4,
+    cards: Annotated[
+        int, typer.Option(help="Devices that share the model: which split fits, and what each takes.")
+    ] = 1,
     require: Annotated[
         str | None, typer.Option(help="Stages joined by commas that have to fit; exit 3 if one does not.")
     ] = None,
@@ -71,7 +74,7 @@ def plan(
         rank=rank,
         bits=bits,
     )
-    result = run(model, device=device, options=work, revision=revision, offline=offline)
+    result = run(model, device=device, options=work, revision=revision, offline=offline, cards=cards)
     wanted = [name.strip() for name in (require or "").split(",") if name.strip()]
     for name in wanted:
         if name not in (stage.name for stage in result.stages):
@@ -119,6 +122,8 @@ def inspect(
     from burnish.data.tokenizer import Tokenizer
     from burnish.models.resolve import resolve_model
 
+    if rows < 0:
+        raise ConfigError("--rows is out of range", got=rows, expected="0 or more")
     mode: Any = too_long
     turns: Any = learn
     tokenizer = Tokenizer.load(resolve_model(model, offline=offline))

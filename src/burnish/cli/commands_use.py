@@ -25,6 +25,7 @@ def demo(
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="Shorten tuning to this time; results are then worse.")] = None,
     rows: Annotated[int, typer.Option(help="Test questions.")] = 300,
+    track: options.Track = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     config: options.Config = None,
@@ -37,7 +38,14 @@ def demo(
 
     with watching(quiet=quiet) as progress:
         folder, run = run_demo(
-            out=out, seed=seed, threads=threads, max_seconds=seconds, num_rows=rows, progress=progress, say=progress.say
+            out=out,
+            seed=seed,
+            threads=threads,
+            max_seconds=seconds,
+            num_rows=rows,
+            track=track,
+            progress=progress,
+            say=progress.say,
         )
     if json:
         print_json(build_report(run))
@@ -72,6 +80,8 @@ def chat(
     kv_dtype: options.KvDtype = None,
     max_batch_tokens: options.MaxBatchTokens = None,
     speculation: options.Speculation = "auto",
+    tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
@@ -123,6 +133,8 @@ def chat(
             max_batch_tokens=max_batch_tokens,
             speculation=speculation,
             kv_cache=kv_cache,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
         ),
         template=template,
         quiet=quiet or json,
@@ -166,6 +178,8 @@ def generate(
     kv_dtype: options.KvDtype = None,
     max_batch_tokens: options.MaxBatchTokens = None,
     speculation: options.Speculation = "auto",
+    tensor_parallel: options.TensorParallel = 1,
+    pipeline_parallel: options.PipelineParallel = 1,
     kv_cache: Annotated[bool, typer.Option(help="Keep keys and values.")] = True,
     engine: options.Engine = "native",
     config: options.Config = None,
@@ -221,6 +235,8 @@ def generate(
             max_batch_tokens=max_batch_tokens,
             speculation=speculation,
             kv_cache=kv_cache,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
         ),
     )
     for line in optimised_lines(running):

@@ -11,11 +11,13 @@ from typing import Any
 import typer
 
 from burnish.cli import (
+    command_compare,
     command_export,
     command_prune,
     command_quantize,
     command_queue,
     command_serve,
+    command_track,
     commands_make,
     commands_measure,
     commands_plan,
@@ -45,6 +47,8 @@ for group in (
     commands_plan,
     command_queue,
     command_serve,
+    command_compare,
+    command_track,
 ):
     group.register(app)
 

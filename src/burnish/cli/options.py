@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from burnish.cli.setting_names import CONFIG_KEYS
 from burnish.errors import ConfigError
 
 
@@ -48,6 +49,7 @@ def read_config_file(context: typer.Context, value: Path | None) -> Path | None:
             if name not in repeatable:
                 setting = ",".join(setting)
         defaults[name] = setting
+        context.meta.setdefault(CONFIG_KEYS, {})[name] = f"{key} in {value}"
     context.default_map = {**(context.default_map or {}), **defaults}
     return value
 
@@ -117,6 +119,12 @@ Speculation = Annotated[
         "auto: so with few sequences at once; off. Answers are the same.",
     ),
 ]
+TensorParallel = Annotated[
+    int, typer.Option("--tensor-parallel", metavar="N", help="Processes that share every block (see docs/sharding.md).")
+]
+PipelineParallel = Annotated[
+    int, typer.Option("--pipeline-parallel", metavar="N", help="Stages of blocks, each with processes of its own.")
+]
 Template = Annotated[str, typer.Option("--template", help="auto, chat, alpaca, sql-context or plain.")]
 Columns = Annotated[
     str | None,
@@ -124,7 +132,13 @@ Columns = Annotated[
 ]
 Track = Annotated[
     str | None,
-    typer.Option("--track", metavar="URI", help="Mirror the run: FILE.jsonl or wandb://PROJECT[/RUN]."),
+    typer.Option(
+        "--track",
+        metavar="URI",
+        envvar="BURNISH_TRACK",
+        help="Mirror the run: http://MLFLOW, sqlite:///FILE, mysql://..., postgresql://..., FILE.jsonl or "
+        "wandb://PROJECT[/RUN].",
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds something.")]
 ModelArgument = Annotated[

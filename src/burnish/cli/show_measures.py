@@ -110,6 +110,14 @@ def show_bench(console: Console, result: BenchResult) -> None:
             f"KV {format_bytes(result.kv_bytes)}",
         ),
     ]
+    rows += [
+        (
+            f"rank {rank['rank']}",
+            f"process {format_bytes(rank['resident_bytes'])}, weights {format_bytes(rank['weights_bytes'])}, "
+            f"KV {format_bytes(rank['kv_bytes'])}",
+        )
+        for rank in result.ranks
+    ]
     facts(console, result.model, rows)
 
 

@@ -9,6 +9,7 @@ from rich.text import Text
 from burnish.measure.formatting import format_bytes, format_count, format_seconds
 from burnish.plan.doctor import Check
 from burnish.plan.predict import Plan
+from burnish.plan.sharding import advised
 
 _STATUS_STYLE = {"ok": "green", "missing": "dim", "warning": "yellow", "error": "red"}
 
@@ -34,6 +35,33 @@ def show_plan(console: Console, plan: Plan) -> None:
     for stage in plan.stages:
         if stage.remedy:
             console.print(f"{stage.name}: {stage.remedy}", style="dim", soft_wrap=True)
+    if plan.splits:
+        _show_splits(console, plan)
+
+
+def _show_splits(console: Console, plan: Plan) -> None:
+    """A line per way of dividing the model over several devices."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("tensor", "stages", "peak of each", "fits", "weights", "KV", "activations", "sent per token"):
+        table.add_column(heading, justify="left" if heading == "fits" else "right")
+    for split in plan.splits:
+        ways = [str(split.tensor_parallel), str(split.pipeline_parallel)]
+        fits = Text("yes", style="green") if split.fits else Text("no", style="red")
+        if split.reason is not None:
+            table.add_row(*ways, "–", fits)
+            continue
+        parts = [format_bytes(split.components.get(part, 0)) for part in ("weights", "kv", "activations")]
+        table.add_row(*ways, format_bytes(split.peak_bytes), fits, *parts, format_bytes(split.sent_bytes_per_token))
+    console.print(table)
+    for split in plan.splits:
+        if split.reason is not None:
+            console.print(f"{split.tensor_parallel} x {split.pipeline_parallel}: {split.reason}", style="dim")
+    chosen = advised(plan.splits)
+    if chosen is None:
+        console.print("no way of dividing it fits: take more or larger devices", style="dim")
+    else:
+        flags = f"--tensor-parallel {chosen.tensor_parallel} --pipeline-parallel {chosen.pipeline_parallel}"
+        console.print(f"generate with {flags}", style="dim")
 
 
 def show_checks(console: Console, checks: list[Check]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -23,8 +22,6 @@ from burnish.pipeline.gates import GateResult
 from burnish.pipeline.merge import MergeRecord
 from burnish.pipeline.prune import PruneRecord
 from burnish.pipeline.quantize import QuantizeRecord
-from burnish.pipeline.tune import TuneRecord
-from burnish.pipeline.tune_rehearsal import RehearsalRecord
 
 
 def facts(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
@@ -84,77 +81,6 @@ def task_lines(gate: GateResult) -> list[tuple[str, str]]:
 
 def _limit(value: float | None) -> str:
     return "" if value is None else f" (limit {value:g})"
-
-
-def show_tune(console: Console, record: TuneRecord) -> None:
-    """What a tuning run did."""
-    losses = [step["loss"] for step in record.steps]
-    tail = losses[-20:]
-    rows = [
-        (
-            "method",
-            f"{record.method}, {record.precision}, {format_count(record.trained_parameters)} trained parameters",
-        ),
-        ("rows", f"{record.num_examples} used, {record.num_bad_rows} bad, {record.num_too_long} too long"),
-        ("steps", f"{len(record.steps)} in {format_seconds(record.seconds)} ({record.stopped})"),
-        ("speed", f"{record.tokens_per_s:,.0f} tokens/s"),
-        ("loss", f"{losses[0]:.3f} -> {sum(tail) / len(tail):.3f}" if losses else "-"),
-        ("memory, peak", _memory(record.peak_memory_bytes, record.predicted_peak_bytes)),
-        *_parts(record),
-    ]
-    if record.phase_seconds:
-        rows.insert(4, ("time", _split(record.phase_seconds)))
-    if record.trace is not None:
-        rows.append(("trace", f"{record.trace} (open it in chrome://tracing or ui.perfetto.dev)"))
-    if record.evals and record.evals[-1].get("loss") is not None:
-        rows.insert(5, ("evaluation loss", f"{record.evals[-1]['loss']:.3f}"))
-    facts(console, record.adapter, rows)
-
-
-def show_rehearsal(console: Console, record: RehearsalRecord) -> None:
-    """What a tuning run would do, from a dry run."""
-    rows = [
-        ("method", f"{record.method}, computed in {record.precision}, base in {record.dtype}"),
-        ("rows", f"{record.num_examples}, the longest of {record.longest} tokens, {record.num_too_long} too long"),
-        ("a step", record.setting),
-        ("steps", f"{format_count(record.steps)} over {format_count(record.tokens)} tokens"),
-        ("time", f"{format_seconds(record.seconds)} at {record.tokens_per_s:,.0f} tokens/s, without evaluations"),
-        ("memory, trial", f"{format_bytes(record.measured_peak_bytes)} peak"),
-        ("memory, predicted", f"{format_bytes(record.predicted_peak_bytes)} peak"),
-        *[(f"  {name}", format_bytes(size)) for name, size in record.predicted_components.items()],
-    ]
-    if record.fit is not None:
-        budget = format_bytes(record.fit["budget_bytes"])
-        rows.insert(3, ("chosen", f"for {budget}: {record.fit['reason']}"))
-    facts(console, f"{record.base} (dry run)", rows)
-
-
-def _parts(record: TuneRecord) -> list[tuple[str, str]]:
-    """Memory by component, predicted beside measured."""
-    lines = []
-    for name, size in record.component_bytes.items():
-        predicted = record.predicted_components.get(name)
-        beside = "" if predicted is None else f" (predicted {format_bytes(predicted)})"
-        lines.append((f"  {name}", f"{format_bytes(size)}{beside}"))
-    return lines
-
-
-def _split(phases: Mapping[str, float]) -> str:
-    total = sum(phases.values()) or 1.0
-    return ", ".join(f"{name} {format_share(seconds / total)}" for name, seconds in phases.items())
-
-
-def show_operators(console: Console, record: TuneRecord, *, most: int = 10) -> None:
-    """The operators of a trace that took longest in themselves."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("operator", overflow="fold")
-    for heading in ("calls", "time", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for operator in record.operators[:most]:
-        time, share = format_seconds(operator["seconds"]), format_share(operator["share"])
-        table.add_row(operator["name"], str(operator["calls"]), time, share)
-    console.print(f"dearest operators of the steps in {record.trace}", style="bold")
-    console.print(table)
 
 
 def show_merge(console: Console, record: MergeRecord) -> None:

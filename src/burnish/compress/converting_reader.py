@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from burnish.errors import CheckpointError
 from burnish.models.checkpoint import TensorInfo, TensorReader
+from burnish.models.shard_cut import Span
 
 
 class ConvertingReader(TensorReader):
@@ -37,6 +39,16 @@ class ConvertingReader(TensorReader):
                 expected=list(destination.shape),
             )
         destination.copy_(made)
+
+    def read_part(
+        self, name: str, *, rows: Sequence[Span], columns: Sequence[Span] | None = None
+    ) -> tuple[Tensor, int]:
+        """See `TensorReader.read_part`; a tensor that has to be converted is read whole, and a part of it kept."""
+        whole = self.read(name)
+        part = torch.cat([whole[begin:end] for begin, end in rows])
+        if columns is not None:
+            part = torch.cat([part[:, begin:end] for begin, end in columns], dim=1)
+        return part, whole.nbytes
 
     def same(self, name: str, other: str) -> bool:
         """See `TensorReader.same`."""

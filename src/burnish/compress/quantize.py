@@ -26,6 +26,7 @@ from burnish.compress.rotation import rotate_model
 from burnish.compress.sensitivity import OnUnit, budget_bits, choose_bits, measure_sensitivity
 from burnish.errors import CompressionError, ConfigError
 from burnish.models.decoder import Decoder
+from burnish.models.host_memory import trim_heap
 from burnish.models.linears import replace_linears
 
 OnLayer = Callable[[str, float, float], None]
@@ -165,6 +166,7 @@ def quantize_model(
             if parent is not None:
                 parent.advance()
             _install(model, prefix, done)
+            trim_heap()
             if partial is not None and not resumed:
                 partial.add(block, [asdict(record) for record in progress.layers[-len(done) :]])
             num_weights += sum(each.ints.numel() for each in done.values())

@@ -1,6 +1,7 @@
 """Raw records of a data set, one at a time: JSON, JSONL, CSV, TSV and Parquet files, and data sets on the hub.
 
-A reader yields a `Record` per row; what a row means is decided in `layouts`. Files are streamed, so a large one costs
+A reader yields a `Record` per row; what a row means is decided in `layouts`. A file that cannot be read somewhere is an
+error that names the line: rows are never lost in silence. Files are streamed, so a large one costs
 no more memory than its largest row (a JSON object around a list is the exception: it is read whole).
 """
 
@@ -28,13 +29,11 @@ class Record:
 
     Attributes:
         number: where to find it: the line of a JSONL or CSV file, otherwise the position counted from 1.
-        value: the row as read, None when it could not be.
-        problem: why it could not be read.
+        value: the row as read.
     """
 
     number: int
     value: Any = None
-    problem: str | None = None
 
 
 def file_records(path: Path) -> Iterator[Record]:
@@ -67,19 +66,23 @@ def _json_lines(path: Path) -> Iterator[Record]:
     with path.open("rb") as lines:
         for number, raw in enumerate(lines, 1):
             if raw.strip():
-                yield _json_line(raw, number)
+                yield Record(number=number, value=_json_value(raw, number, path))
 
 
-def _json_line(raw: bytes, number: int) -> Record:
+def _json_value(raw: bytes, number: int, path: Path) -> Any:
     try:
-        line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        return Record(number=number, value=json.loads(line))
+        return json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8").strip())
     except json.JSONDecodeError as error:
-        return Record(number=number, problem=f"not valid JSON: {error.msg} at column {error.colno}")
+        problem = f"{error.msg} at column {error.colno}"
     except UnicodeDecodeError as error:
-        return Record(number=number, problem=f"not UTF-8 text: {error.reason} at byte {error.start}")
+        raise DataError(
+            f"{path} is not UTF-8 text in line {number}", got=f"{error.reason} at byte {error.start}"
+        ) from error
     except (RecursionError, ValueError) as error:
-        return Record(number=number, problem=f"not valid JSON: {error}")
+        problem = str(error)
+    raise DataError(
+        f"{path} is not valid JSON in line {number}", got=problem, remedy="Mend the line, or take it out of the file."
+    )
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -175,9 +178,11 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record]:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                yield Record(number=line, problem=f"not valid CSV: {error}")
-                line = reader.line_num + 1
-                continue
+                raise DataError(
+                    f"{path} is not valid CSV in line {line}",
+                    got=error,
+                    remedy="Mend the line, or take it out of the file.",
+                ) from error
             if cells is None:
                 return
             if header is None:
@@ -187,7 +192,11 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record]:
             elif not cells:
                 pass  # an empty line
             elif len(cells) != len(header):
-                yield Record(number=line, problem=f"{len(cells)} cells, but the header has {len(header)}")
+                raise DataError(
+                    f"{path} has {len(cells)} cells in line {line}",
+                    expected=f"{len(header)}, as the header has",
+                    remedy="Mend the line (quote cells with commas or line ends), or take it out of the file.",
+                )
             else:
                 yield Record(number=line, value=dict(zip(header, cells)))
             line = reader.line_num + 1

@@ -158,8 +158,9 @@ def stream_rows(
     if not first:
         raise DataError(f"{name} is empty", expected="at least one row")
     if not seen:
-        reason = first[0].problem or "no row is an object with named columns"
-        raise DataError(f"{name} has no usable row", got=f"row {first[0].number}: {reason}")
+        raise DataError(
+            f"{name} has no usable row", got=f"row {first[0].number}: no row is an object with named columns"
+        )
     layout = choose_layout(found, columns=columns, source=name, texts=texts)
 
     def rows_or_reason(record: Record) -> list[Row] | BadRow:
@@ -205,8 +206,6 @@ def _task_records(source: str, *, seed: int) -> Iterator[Record]:
 
 
 def _rows_of(record: Record, layout: Layout, *, file: str, check_sql: bool) -> list[Row]:
-    if record.problem is not None:
-        raise BadValueError(record.problem)
     rows = []
     for fields in read_fields(record.value, layout):
         extra = {column: value for column, value in record.value.items() if column not in layout.columns}

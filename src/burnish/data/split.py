@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from burnish.errors import ConfigError, DataError
+from burnish.errors import DataError, SettingError
 
 
 def check_split(amount: float) -> None:
@@ -23,8 +23,8 @@ def check_split(amount: float) -> None:
         ConfigError: it is neither.
     """
     if not 0 < amount < math.inf or (amount >= 1 and amount != int(amount)):
-        raise ConfigError(
-            "the part for evaluation is out of range",
+        raise SettingError(
+            "the part for evaluation, {eval_split}, is out of range",
             got=f"{amount:g}",
             expected="a share below 1, or a number of rows",
         )

@@ -131,7 +131,14 @@ class SqlContextTemplate:
         return f"# Instruction:\n{row.instruction}\n\n# context:\n{row.context}\n\n# result:\n"
 
     def render(self, row: Row, tokenizer: Tokenizer) -> Rendered:
-        return Rendered(prompt=self.render_prompt(row, tokenizer), answer=row.answer)
+        prompt = self.render_prompt(row, tokenizer)
+        if not row.context.strip():
+            raise DataError(
+                f"the template {self.name} needs a context, and {row.file}, row {row.number} has none",
+                remedy="Choose --template alpaca or plain, or name the column with "
+                "--columns instruction=COLUMN,answer=COLUMN,context=COLUMN",
+            )
+        return Rendered(prompt=prompt, answer=row.answer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ class Demand:
         value_width: numbers that one head's value takes in the cache, its padding included.
         dtype: of activations.
         max_model_len: longest sequence; `length_asked` tells whether somebody insists on it.
+        processes: that share this machine's memory.
     """
 
     config: ModelConfig
@@ -50,6 +51,7 @@ class Demand:
     max_model_len: int
     max_batch_tokens: int
     length_asked: bool
+    processes: int = 1
 
     @property
     def block_bytes(self) -> int:
@@ -107,7 +109,7 @@ def plan_blocks(demand: Demand, *, memory: str | int | None, kv_memory: str | in
         room, name = min(limits)
         num_blocks = room // demand.block_bytes
     else:
-        room, name = int(_free(demand.device)), "free memory"
+        room, name = int(_free(demand)), "free memory"
         num_blocks = min(wanted, room // demand.block_bytes)
     num_blocks = min(num_blocks, max(MOST_BLOCKS, demand.sequence_blocks))
     _check_enough(num_blocks, demand, room=room, name=name)
@@ -167,10 +169,10 @@ def _left_of(memory: int, demand: Demand) -> int:
     return room
 
 
-def _free(device: torch.device) -> float:
-    if device.type == "cuda":
-        return FREE_SHARE_GPU * torch.cuda.mem_get_info(device)[0]
-    return FREE_SHARE_CPU * psutil.virtual_memory().available
+def _free(demand: Demand) -> float:
+    if demand.device.type == "cuda":
+        return FREE_SHARE_GPU * torch.cuda.mem_get_info(demand.device)[0]
+    return FREE_SHARE_CPU * psutil.virtual_memory().available / demand.processes
 
 
 def _check_enough(num_blocks: int, demand: Demand, *, room: int, name: str) -> None:

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from burnish.engine.adapters import AdapterSet, adapter_of_each
-from burnish.engine.backends import choose_backend, make_backend, parse_kv_dtype, value_width
+from burnish.engine.adapters import adapter_of_each
 from burnish.engine.block_manager import BLOCK_SIZE, BlockManager
 from burnish.engine.drafter import Drafter, make_drafter
 from burnish.engine.engine_options import check_counts, check_no_cache_asked
+from burnish.engine.engine_setup import EngineSettings, set_up
 from burnish.engine.logprobs import PromptLogprobs
-from burnish.engine.memory_budget import Demand, limit_card, longest_window, plan_blocks
-from burnish.engine.model_loading import open_model
+from burnish.engine.memory_budget import longest_window
 from burnish.engine.model_runner import ModelRunner
-from burnish.engine.outputs import EngineStats, RequestOutput, StreamEvent
+from burnish.engine.outputs import EngineStats, RankMemory, RequestOutput, StreamEvent
 from burnish.engine.prompts import Prompt, TextTokenizer
 from burnish.engine.request import Request
-from burnish.engine.requests import RequestFactory, context_length, one_answer
-from burnish.engine.rope_lengths import longest_context, rope_lengths
+from burnish.engine.requests import RequestFactory, one_answer
+from burnish.engine.rope_lengths import rope_lengths
 from burnish.engine.sampling import SamplingParams
 from burnish.engine.scheduler import Scheduler
 from burnish.engine.sequence import Sequence
 from burnish.engine.step_clock import StepClock
 from burnish.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from burnish.engine.shard_group import ShardGroup
 
 _SCORED_BYTES = 64 * 2**20
 
@@ -58,6 +62,9 @@ class NativeEngine:
         speculation: "auto" guesses tokens that copy the prompt or the answer while few sequences run, "ngram" whatever
             runs, both where that is measured to pay; "off" never. Answers are the same.
         adapters: folders of LoRA adapters in PEFT's format by the names that requests choose them with.
+        tensor_parallel, pipeline_parallel: processes that share every block, and stages of blocks; their product is how
+            many processes run the model. They are started here, unless torchrun did. See `models.shard_cut`.
+        shards: the group of processes, seen from its rank 0, where somebody else started them; see `shard_group.join`.
 
     Raises:
         ConfigError, CheckpointError: an option is out of range, or the model cannot be loaded.
@@ -95,73 +102,50 @@ class NativeEngine:
         revision: str | None = None,
         offline: bool = False,
         allow_pickle: bool = False,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        shards: ShardGroup | None = None,
     ) -> None:
         check_counts(
             max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens, block_size=block_size, threads=threads
         )
         if not kv_cache:
             check_no_cache_asked(memory=memory, kv_memory=kv_memory)
-        if threads is not None:
-            torch.set_num_threads(threads)
         self._speculation = speculation
         self.drafter: Drafter | None = make_drafter(speculation, kv_cache=kv_cache)
-        limit_card(model.device if isinstance(model, Decoder) else torch.device(device), memory)
-        loaded = open_model(
-            model,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=torch.device(device),
-            quantize=quantize,
-            weights_cache=weights_cache,
-            revision=revision,
-            offline=offline,
-            allow_pickle=allow_pickle,
+        parts = set_up(
+            EngineSettings(
+                model=model,
+                tokenizer=tokenizer,
+                dtype=dtype,
+                device=device,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                max_batch_tokens=max_batch_tokens,
+                memory=memory,
+                kv_memory=kv_memory,
+                kv_dtype=kv_dtype,
+                block_size=block_size,
+                kv_cache=kv_cache,
+                backend=backend,
+                threads=threads,
+                optimise=optimise,
+                quantize=quantize,
+                weights_cache=weights_cache,
+                adapters=adapters,
+                revision=revision,
+                offline=offline,
+                allow_pickle=allow_pickle,
+                tensor_parallel=tensor_parallel,
+                pipeline_parallel=pipeline_parallel,
+                shards=shards,
+            )
         )
-        self.decoder, self.tokenizer, self.optimised = loaded.decoder, loaded.tokenizer, loaded.optimised
-        self._load_s = loaded.load_s
-        self._adapters = AdapterSet(self.decoder, adapters)
-        config = self.decoder.config
-        self.max_model_len = context_length(
-            max_model_len, longest=longest_context(config), unlimited=config.position == "alibi"
-        )
-        started = time.perf_counter()
-        cache_dtype = parse_kv_dtype(kv_dtype, dtype=self.decoder.dtype)
-        may_change = model is not self.decoder if optimise is None else optimise
-        name = choose_backend(
-            self.decoder,
-            kv_cache=kv_cache,
-            block_size=block_size,
-            kv_dtype=cache_dtype,
-            backend=backend,
-            optimise=may_change,
-            adapted_head=self._adapters.reaches_output_layer,
-        )
-        demand = Demand(
-            config=config,
-            block_size=block_size,
-            kv_dtype=cache_dtype,
-            value_width=value_width(config.head_dim, backend=name),
-            dtype=self.decoder.dtype,
-            device=self.decoder.device,
-            max_num_seqs=max_num_seqs,
-            max_model_len=self.max_model_len,
-            max_batch_tokens=max_batch_tokens,
-            length_asked=max_model_len is not None,
-        )
-        num_blocks = plan_blocks(demand, memory=memory, kv_memory=kv_memory) if kv_cache else 0
-        made = make_backend(
-            name,
-            self.decoder,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            kv_dtype=cache_dtype,
-            max_batch_tokens=max_batch_tokens,
-            max_model_len=self.max_model_len,
-            optimise=may_change,
-        )
-        assert made.kv_bytes <= num_blocks * demand.block_bytes
-        self._adapters.attach(made)
-        self._optimise_s = time.perf_counter() - started
+        config = parts.config
+        self.decoder, self.tokenizer, self.optimised = parts.decoder, parts.tokenizer, parts.optimised
+        self.max_model_len = parts.max_model_len
+        self._adapters = parts.adapters
+        self._load_s, self._optimise_s = parts.load_s, parts.optimise_s
         self._warmup_s = 0.0
         self._requests_of = RequestFactory(
             self.tokenizer,
@@ -170,7 +154,7 @@ class NativeEngine:
             end_ids=frozenset(config.eos_ids) | frozenset(self.tokenizer.eos_ids if self.tokenizer is not None else ()),
         )
         blocks = BlockManager(
-            num_blocks, block_size=block_size, prefix_caching=prefix_caching, window=longest_window(config)
+            parts.num_blocks, block_size=block_size, prefix_caching=prefix_caching, window=longest_window(config)
         )
         self.scheduler = Scheduler(
             blocks=blocks if kv_cache else None,
@@ -178,9 +162,10 @@ class NativeEngine:
             max_batch_tokens=max_batch_tokens,
             max_scored_tokens=max(1, _SCORED_BYTES // (4 * config.vocab_size)),
             rope=rope_lengths(config, max_model_len=self.max_model_len),
-            block_bytes=demand.block_bytes,
+            block_bytes=parts.block_bytes,
         )
-        self.runner = ModelRunner(made, max_batch_tokens=max_batch_tokens)
+        self.runner = ModelRunner(parts.backend, max_batch_tokens=max_batch_tokens)
+        self._closing = weakref.finalize(self, getattr(parts.backend, "close", _nothing))
         self._clock = StepClock()
         self._prompt_tokens = 0
         self._unfinished: dict[int, Request] = {}
@@ -270,6 +255,15 @@ class NativeEngine:
         self._warmup_s = time.perf_counter() - started
         return self._warmup_s
 
+    def close(self) -> None:
+        """Let go of the other processes of a model that several run, as happens when the engine is forgotten."""
+        self._closing()
+
+    def rank_memory(self) -> tuple[RankMemory, ...]:
+        """What each process takes now; empty where this one runs the model alone."""
+        read = getattr(self.runner.backend, "read_memory", None)
+        return () if read is None else read()
+
     def stats(self) -> EngineStats:
         """Sizes, set-up times, load now, and what was done so far."""
         scheduler, runner, backend = self.scheduler, self.runner, self.runner.backend
@@ -307,6 +301,9 @@ class NativeEngine:
             adapters=tuple(self._adapters.names),
             adapter_bytes=self._adapters.num_bytes,
             tokens_per_s=self._clock.tokens_per_s(),
+            tensor_parallel=getattr(backend, "tensor_parallel", 1),
+            pipeline_parallel=getattr(backend, "pipeline_parallel", 1),
+            ranks=getattr(backend, "memory", ()),
         )
 
     def prepare(
@@ -396,3 +393,7 @@ class NativeEngine:
             self.runner.backend.reset()
             self._late = [request for request in requests if request.finished]
             raise
+
+
+def _nothing() -> None:
+    pass

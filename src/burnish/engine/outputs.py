@@ -89,6 +89,16 @@ class StreamEvent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Memory of one of several processes in bytes: its weights, its share of the cache, and the process in all."""
+
+    rank: int
+    weights_bytes: int
+    kv_bytes: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """The engine's size, set-up times and load at this moment.
 
@@ -111,6 +121,8 @@ class EngineStats:
         drafted_tokens, accepted_tokens: guesses verified, and right ones among them.
         adapters: names of the adapters served; `adapter_bytes` of matrices in all.
         tokens_per_s: tokens produced per second over the last seconds.
+        tensor_parallel, pipeline_parallel: how several processes share the model; weights and cache are then theirs
+            together, and `ranks` says what each took when it was ready.
     """
 
     engine: str
@@ -145,6 +157,9 @@ class EngineStats:
     adapters: tuple[str, ...] = ()
     adapter_bytes: int = 0
     tokens_per_s: float = 0.0
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    ranks: tuple[RankMemory, ...] = ()
 
     @property
     def overhead_s(self) -> float:

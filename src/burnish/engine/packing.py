@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from burnish.models.attention import Attention
 from burnish.models.decoder import MLP, Decoder, SelfAttention
 from burnish.models.rope import RopeTable
+from burnish.models.shard_decoder import Elsewhere
 
 # The batch for which oneDNN picks the layout; it serves single rows and prefill about as well.
 _LAYOUT_ROWS = 32
@@ -97,6 +98,8 @@ def pack_decoder(decoder: Decoder) -> int:
     with torch.no_grad():
         prepack = decoder.device.type == "cpu" and decoder.dtype == torch.bfloat16 and prepacking_works()
         for block in decoder.model.layers:
+            if isinstance(block, Elsewhere):
+                continue
             attention, mlp = block.self_attn, block.mlp
             if isinstance(attention, SelfAttention) and joinable(attention.q_proj, attention.k_proj, attention.v_proj):
                 block.self_attn = PackedAttention(attention)

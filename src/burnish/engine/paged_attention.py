@@ -35,13 +35,23 @@ class KVStore:
     """The memory: per layer one tensor of keys and one of values, (num_blocks, P, K, E) each.
 
     Args:
+        config: of the layers that are kept.
         dtype: bfloat16, float16 or float32; or int8, which keeps one float32 scale per token and head.
+        first_layer: number of the first of them.
     """
 
     def __init__(
-        self, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        first_layer: int = 0,
     ) -> None:
         self.dtype = dtype
+        self._first = first_layer
         self.num_blocks, self.block_size = num_blocks, block_size
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
         layers = range(config.num_layers)
@@ -59,6 +69,7 @@ class KVStore:
 
     def write(self, layer: int, places_T: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> None:
         """Store tokens at flat places (block * P + place)."""
+        layer -= self._first
         pairs = ((self.keys, self.key_scales, k_TKE), (self.values, self.value_scales, v_TKE))
         for stores, scales, x_TKE in pairs:
             flat = stores[layer].flatten(0, 1)
@@ -69,6 +80,7 @@ class KVStore:
 
     def read(self, layer: int, blocks_GN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of these blocks, (G, K, C, E) each."""
+        layer -= self._first
         return (
             self._gather(self.keys[layer], self.key_scales, layer, blocks_GN, dtype),
             self._gather(self.values[layer], self.value_scales, layer, blocks_GN, dtype),

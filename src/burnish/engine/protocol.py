@@ -63,6 +63,8 @@ def make_engine(
     revision: str | None = None,
     offline: bool = False,
     allow_pickle: bool = False,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
 ) -> Engine:
     """Load `model` into the engine of this name; the options are `NativeEngine`'s.
 
@@ -87,6 +89,8 @@ def make_engine(
             ("kv_dtype", kv_dtype),
             ("max_batch_tokens", max_batch_tokens),
             ("speculation", None if speculation == "auto" else speculation),
+            ("tensor_parallel", None if tensor_parallel == 1 else tensor_parallel),
+            ("pipeline_parallel", None if pipeline_parallel == 1 else pipeline_parallel),
         )
         if value is not None
     }

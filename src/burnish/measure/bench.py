@@ -116,6 +116,7 @@ class BenchResult:
     optimised: dict[str, Any] | None
     """What loading did to the weights, where the engine tells: see `compress.optimise.OptimiseReport`."""
     runs: tuple[Repeat, ...] = field(repr=False)
+    ranks: tuple[dict[str, int], ...] = ()  # of a model that several processes run: `engine.outputs.RankMemory`
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON values; of single repeats only the rates are kept."""
@@ -256,11 +257,9 @@ def _result(
 ) -> BenchResult:
     stats = engine.stats()
     optimised = getattr(engine, "optimised", None)
-    figures = {
-        "wall_s": [run.wall_s for run in runs],
-        "total_tokens_per_s": [run.total_tokens_per_s for run in runs],
-        "output_tokens_per_s": [run.output_tokens_per_s for run in runs],
-    }
+    names = ("wall_s", "total_tokens_per_s", "output_tokens_per_s")
+    figures = {name: [getattr(run, name) for run in runs] for name in names}
+    rank_memory = getattr(engine, "rank_memory", None)
     reading = meter.reading()
     start = reading.start_bytes if baseline_bytes is None else baseline_bytes
     return BenchResult(
@@ -294,6 +293,7 @@ def _result(
         versions=version_record(),
         optimised=None if optimised is None else optimised.to_dict(),
         runs=tuple(runs),
+        ranks=() if rank_memory is None else tuple(asdict(each) for each in rank_memory()),
     )
 
 

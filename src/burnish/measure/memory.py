@@ -7,9 +7,7 @@ allocator's own peaks are read as well. Predictions are made in `burnish.plan`, 
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.measure.formatting import format_bytes, format_count, format_share
+from burnish.models.host_memory import trim_heap
 
 __all__ = [
     "ComponentBytes",
@@ -54,10 +53,7 @@ def resident_bytes() -> int:
 def release_free_memory() -> None:
     """Collect garbage and hand the allocator's free pages back, so that a start figure holds no leftovers."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent in musl
-        if trim is not None:
-            trim(0)
+    trim_heap()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,9 @@ from burnish.errors import DataError
 IGNORED = -100
 """The label of a token that is not learned and not scored."""
 
+WIDTH_STEP = 32
+"""Batches are filled up to a multiple of so many positions: matrix libraries keep compiled code for every width."""
+
 
 class LanguageModel(Protocol):
     """The part of `models.decoder.Decoder` that scoring needs."""
@@ -129,19 +132,22 @@ def _targets(sequence: Sequence[int] | LabelledTokens, positions: str) -> tuple[
 
 def batch_spans(spans: Sequence[Span], *, batch_tokens: int, device: torch.device) -> Iterator[TargetBatch]:
     """Group spans of similar length, at most `batch_tokens` padded tokens at a time (one span at least)."""
+    longest = max((len(span.tokens) for span in spans), default=0)
     group: list[Span] = []
+    width = 0
     for span in sorted(spans, key=lambda span: len(span.tokens)):
-        if group and len(span.tokens) * (len(group) + 1) > batch_tokens:
-            yield _pad(group, device)
+        wider = min(longest, -(-len(span.tokens) // WIDTH_STEP) * WIDTH_STEP)  # no further than the context reaches
+        if group and wider * (len(group) + 1) > batch_tokens:
+            yield _pad(group, width, device)
             group = []
         group.append(span)
+        width = wider
     if group:
-        yield _pad(group, device)
+        yield _pad(group, width, device)
 
 
-def _pad(group: Sequence[Span], device: torch.device) -> TargetBatch:
-    longest = max(len(span.tokens) for span in group)
-    tokens_BT = torch.zeros(len(group), longest, dtype=torch.long)  # causal: what stands on the right is never seen
+def _pad(group: Sequence[Span], width: int, device: torch.device) -> TargetBatch:
+    tokens_BT = torch.zeros(len(group), width, dtype=torch.long)  # causal: what stands on the right is never seen
     for row, span in enumerate(group):
         tokens_BT[row, : len(span.tokens)] = torch.tensor(span.tokens)
     rows = [row for row, span in enumerate(group) for _ in span.targets]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from burnish.errors import CheckpointError
 from burnish.models.hf_config import read_config, read_json_object
+from burnish.models.shard_cut import Span
 
 __all__ = ["DTYPES", "TensorInfo", "TensorReader", "read_config", "read_header", "read_json_object", "weight_files"]
 
@@ -136,6 +138,44 @@ class TensorReader:
                 piece = chunk[: min(step, flat.numel() - start)]
                 _fill(file, piece, info)
                 flat[start : start + piece.numel()].copy_(piece)
+
+    def read_part(
+        self, name: str, *, rows: Sequence[Span], columns: Sequence[Span] | None = None
+    ) -> tuple[Tensor, int]:
+        """Some rows, and of those some columns, of a tensor of one or two dimensions, one run after the other.
+
+        Args:
+            rows, columns: half-open runs; None for all columns.
+
+        Returns:
+            The part, in its own dtype and new memory on the CPU, and how many bytes were read for it.
+        """
+        info = self.info(name)
+        if name in self._pickled:
+            part = _picked(self._pickled[name], rows, columns)
+            return part, part.nbytes
+        height = sum(end - begin for begin, end in rows)
+        spans = [(0, math.prod(info.shape[1:]))] if columns is None else columns
+        width = sum(end - begin for begin, end in spans)
+        shape = (height, *info.shape[1:]) if columns is None else (height, width)
+        part = torch.empty(shape, dtype=info.dtype, device="cpu")
+        flat = part.reshape(height, width)
+        row_bytes, size, place = math.prod(info.shape[1:]) * info.dtype.itemsize, info.dtype.itemsize, 0
+        with info.path.open("rb", buffering=0) as file:
+            for begin, end in rows if part.numel() else ():
+                if columns is None:
+                    file.seek(info.start + begin * row_bytes)
+                    _fill(file, flat[place : place + end - begin], info)
+                    place += end - begin
+                    continue
+                for row in range(begin, end):
+                    at = 0
+                    for first, last in spans:
+                        file.seek(info.start + row * row_bytes + first * size)
+                        _fill(file, flat[place, at : at + last - first], info)
+                        at += last - first
+                    place += 1
+        return part, part.nbytes
 
     def same(self, name: str, other: str) -> bool:
         """Whether two tensors are equal, compared a chunk at a time."""
@@ -284,6 +324,11 @@ def _fill(file: BinaryIO, tensor: Tensor, info: TensorInfo) -> None:
         if not count:
             raise CheckpointError(f"{info.path} ends inside {info.name}")
         done += count
+
+
+def _picked(tensor: Tensor, rows: Sequence[Span], columns: Sequence[Span] | None) -> Tensor:
+    part = torch.cat([tensor[begin:end] for begin, end in rows])
+    return part if columns is None else torch.cat([part[:, begin:end] for begin, end in columns], dim=1)
 
 
 def _first_line(error: BaseException) -> str:

@@ -268,29 +268,39 @@ class Decoder(nn.Module):
         Args:
             lengths_BT: see `Rope.table`; needed where tokens of several sequences share a row.
         """
-        trunk = self.model
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         elif positions_BT.dim() == 1:
             positions_BT = positions_BT[None]
+        x_BTD = self.embed(tokens_BT, positions_BT)
+        if self.model.embed_norm is not None:
+            x_BTD = self.model.embed_norm(x_BTD)
+        x_BTD = self.run_blocks(
+            x_BTD, positions_BT, attention=FullCausal() if attention is None else attention, lengths_BT=lengths_BT
+        )
+        return self.model.norm(x_BTD)
+
+    def embed(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Token embeddings, scaled, and learned positions: (B, T, D), before their norm."""
+        trunk = self.model
         x_BTD = trunk.embed_tokens(tokens_BT)
         if self.config.embedding_scale != 1.0:
             x_BTD = x_BTD * torch.tensor(self.config.embedding_scale, dtype=x_BTD.dtype, device=x_BTD.device)
-        if trunk.embed_positions is not None:
-            x_BTD = x_BTD + trunk.embed_positions(positions_BT)
-        if trunk.embed_norm is not None:
-            x_BTD = trunk.embed_norm(x_BTD)
+        return x_BTD if trunk.embed_positions is None else x_BTD + trunk.embed_positions(positions_BT)
+
+    def run_blocks(
+        self, x_BTD: Tensor, positions_BT: Tensor, *, attention: Attention, lengths_BT: Tensor | None = None
+    ) -> Tensor:
+        """All blocks, one after the other; arguments as in `hidden`."""
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if attention is None:
-            attention = FullCausal()
         tables = self.rope_tables(positions_BT, x_BTD.dtype, lengths_BT)
-        for layer, block in enumerate(trunk.layers):
+        for layer, block in enumerate(self.model.layers):
             rope = None if tables is None else tables[self.config.window(layer) is not None]
             if checkpointed and layer % self.checkpoint_every == 0:
                 x_BTD = self.recompute(block, x_BTD, rope, attention)
             else:
                 x_BTD = block(x_BTD, rope, attention)
-        return trunk.norm(x_BTD)
+        return x_BTD
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output layer on any (..., D) hidden states: (..., V)."""

@@ -51,6 +51,8 @@ class Engine:
         threads: CPU threads; all cores when None.
         max_num_seqs: most prompts that run at once.
         max_model_len: most tokens of prompt and answer together.
+        tensor_parallel, pipeline_parallel: processes that share every block, and stages of blocks; they are started
+            here, unless torchrun did.
 
     Raises:
         CheckpointError, ConfigError, MissingExtraError: as `load`, and when the engine's extra is missing.
@@ -75,6 +77,8 @@ class Engine:
         revision: str | None = None,
         offline: bool = False,
         allow_pickle: bool = False,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
     ) -> None:
         source = Source(
             dtype=dtype, device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
@@ -87,7 +91,13 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             options=EngineOptions(
-                quantize=quantize, memory=memory, kv_memory=kv_memory, kv_dtype=kv_dtype, kv_cache=kv_cache
+                quantize=quantize,
+                memory=memory,
+                kv_memory=kv_memory,
+                kv_dtype=kv_dtype,
+                kv_cache=kv_cache,
+                tensor_parallel=tensor_parallel,
+                pipeline_parallel=pipeline_parallel,
             ),
         )
 
@@ -108,6 +118,12 @@ class Engine:
     def warm_up(self) -> float:
         """Run a small request, so that later ones are quick from the start; returns seconds."""
         return self._engine.warm_up()
+
+    def close(self) -> None:
+        """End the other processes of a model that several run; without it they end with this one."""
+        close = getattr(self._engine, "close", None)
+        if close is not None:
+            close()
 
     def stats(self) -> EngineStats:
         """Sizes, set-up times and load now."""

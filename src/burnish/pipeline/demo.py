@@ -31,8 +31,9 @@ from burnish.pipeline.merge import merge
 from burnish.pipeline.opening import Source, engine_of, open_decoder
 from burnish.pipeline.progress import Progress, silent
 from burnish.pipeline.quantize import quantize
-from burnish.pipeline.runs import new_run_folder, save_run
+from burnish.pipeline.runs import RUN_NAME, new_run_folder, save_run
 from burnish.pipeline.samples import pick_samples
+from burnish.pipeline.tracked import TrackedStage, tracked, tracked_to
 from burnish.pipeline.training_record import eval_points, loss_points, training_points, tune_stage
 from burnish.pipeline.tune import TuneRecord, tune
 from burnish.pipeline.variants import measure_variant
@@ -65,6 +66,7 @@ class _Story:
     rows: RowSet
     progress: Progress
     say: Say
+    tracked: TrackedStage
     scores: dict[str, SqlScore] = field(default_factory=dict)
 
     def add(self, *, stage: Stage | None = None, variant: Variant | None = None, **changes: Any) -> None:
@@ -73,17 +75,25 @@ class _Story:
         seconds = time.perf_counter() - self.started
         self.run = replace(self.run, stages=stages, variants=variants, seconds=seconds, **changes)
         save_run(self.folder, self.run)
+        for item in (stage, variant):
+            if item is not None:
+                self.tracked.figures({item.name: _figures_of(item)})
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Put a failed stage on record before its error goes on."""
+    def stage(self, name: str, *, folder: Path | None = None) -> Iterator[TrackedStage]:
+        """A stage with its own run within the demo's; one that fails is put on record before its error goes on."""
         begun = time.perf_counter()
         try:
-            yield
+            with tracked(self.tracked.tracker.child(name.replace(" ", "-")), name, folder=folder) as told:
+                yield told
         except BaseException as error:
-            note = " ".join(str(error).split()) or type(error).__name__
-            self.add(stage=Stage(name=name, seconds=time.perf_counter() - begun, status="failed", note=note))
+            self.failed(name, begun, error)
             raise
+
+    def failed(self, name: str, begun: float, error: BaseException) -> None:
+        """Put a failed stage on record."""
+        note = " ".join(str(error).split()) or type(error).__name__
+        self.add(stage=Stage(name=name, seconds=time.perf_counter() - begun, status="failed", note=note))
 
 
 def run_demo(
@@ -93,6 +103,7 @@ def run_demo(
     threads: int | None = None,
     max_seconds: float | None = None,
     num_rows: int = 300,
+    track: str | None = None,
     progress: Progress = silent,
     say: Say = lambda text: None,
 ) -> tuple[Path, RunRecord]:
@@ -102,6 +113,7 @@ def run_demo(
         out: the run's folder; a fresh one among the runs when None.
         max_seconds: stop tuning after this time instead of after one epoch.
         num_rows: test questions.
+        track: URI of a tracker, as `make_tracker` takes it: one run, with a run within it for each stage.
         say: called with a line whenever a stage is done.
 
     Raises:
@@ -111,21 +123,27 @@ def run_demo(
     source = Source(threads=threads)
     config = replace(TRAIN, seed=seed, max_seconds=max_seconds)
     rows = read_rows(f"{TEST_ROWS}:{num_rows}", seed=seed)
-    story = _Story(
-        folder=new_run_folder("demo", out=out),
-        run=_fresh_run(seed),
-        started=time.perf_counter(),
-        source=source,
-        rows=rows,
-        progress=progress,
-        say=say,
-    )
-    _first_use(source)
-    try:
-        _tell(story, config)
-    finally:
-        write_text(story.folder / "report.html", render(story.run, format="html"))
-    return story.folder, story.run
+    folder, run = new_run_folder("demo", out=out), _fresh_run(seed)
+    with tracked_to(track, folder.name, {"model": MODEL, **run.settings}, folder=folder, say=say) as told:
+        story = _Story(
+            folder=folder,
+            run=run,
+            started=time.perf_counter(),
+            source=source,
+            rows=rows,
+            progress=progress,
+            say=say,
+            tracked=told,
+        )
+        _first_use(source)
+        try:
+            _tell(story, config)
+        finally:
+            write_text(folder / "report.html", render(story.run, format="html"))
+            for name in ("report.html", RUN_NAME):
+                if (folder / name).is_file():
+                    told.tracker.artifact(folder / name)
+    return folder, story.run
 
 
 def require_passed(folder: Path, run: RunRecord) -> None:
@@ -150,19 +168,20 @@ def _tell(story: _Story, config: TrainConfig) -> None:
     same = GateLimits(max_score_drop=0.0)
     _measure(story, "base", MODEL, description="bundled base, never trained on the task")
 
-    with story.stage("tune"):
-        adapter = _tune(story, config).adapter
+    adapter = _tune(story, config).adapter
     _measure(story, "tuned", adapter, parent="base", description=f"LoRA rank {LORA.rank}, unmerged", limits=same)
 
-    with story.stage("merge"):
+    with story.stage("merge", folder=story.folder / "merged") as told:
         merged = merge(adapter, out=story.folder / "merged", source=source, dtype="float32", progress=progress)
+        told.made(merged.out)
     story.add(stage=_stage("merge", merged.seconds, merged.predicted_peak_bytes, merged.peak_memory_bytes))
     in_float32 = "adapter merged into the base, in float32"
     _measure(story, "merged", merged.out, parent="tuned", description=in_float32, gate=merged.gate, limits=same)
 
     for name, config_of in QUANTIZED.items():
-        with story.stage(f"quantize {name}"):
+        with story.stage(f"quantize {name}", folder=story.folder / name) as told:
             made = quantize(merged.out, out=story.folder / name, config=config_of, source=source, progress=progress)
+            told.made(made.out)
         story.add(stage=_stage(f"quantize {name}", made.seconds, made.predicted_peak_bytes, made.peak_memory_bytes))
         grid = f"GPTQ {config_of.bits} bits, groups of {config_of.group_size}"
         limits = GateLimits(max_score_drop=MAX_SCORE_DROP[name])
@@ -192,16 +211,12 @@ def _fresh_run(seed: int) -> RunRecord:
 
 
 def _tune(story: _Story, config: TrainConfig) -> TuneRecord:
-    record = tune(
-        MODEL,
-        data=DataConfig(source=TRAIN_ROWS, template="chat", max_length=256, seed=config.seed),
-        out=story.folder / "adapter",
-        lora=LORA,
-        config=config,
-        eval_data=EVAL_ROWS,
-        source=story.source,
-        progress=story.progress,
-    )
+    begun = time.perf_counter()
+    try:
+        record = _tuned(story, config)
+    except BaseException as error:
+        story.failed("tune", begun, error)
+        raise
     if record.interrupted:
         raise KeyboardInterrupt
     story.say(f"tuned in {record.seconds:.0f} s: {len(record.steps)} steps, {record.tokens_per_s:,.0f} tokens/s")
@@ -212,6 +227,28 @@ def _tune(story: _Story, config: TrainConfig) -> TuneRecord:
         training=training_points(record.steps),
     )
     return record
+
+
+def _tuned(story: _Story, config: TrainConfig) -> TuneRecord:
+    return tune(
+        MODEL,
+        data=DataConfig(source=TRAIN_ROWS, template="chat", max_length=256, seed=config.seed),
+        out=story.folder / "adapter",
+        lora=LORA,
+        config=config,
+        eval_data=EVAL_ROWS,
+        source=story.source,
+        tracker=story.tracked.tracker.child("tune"),
+        progress=story.progress,
+    )
+
+
+def _figures_of(item: Stage | Variant) -> dict[str, Any]:
+    """What the demo's own run has of a stage or a variant; the whole is in run.json."""
+    plain = to_plain(item)
+    return {name: value for name, value in plain.items() if isinstance(value, int | float)} | {
+        name: value for name, value in plain.items() if name in ("status", "verdict")
+    }
 
 
 def _stage(name: str, seconds: float, predicted: int | None, measured: int) -> Stage:
@@ -229,8 +266,9 @@ def _measure(
     limits: GateLimits | None = None,
 ) -> None:
     """Score and time one variant, and hold it against its parent."""
-    with story.stage(f"evaluate {name}"):
+    with story.stage(f"evaluate {name}") as told:
         measured = measure_variant(name, model, story.source, story.rows, progress=story.progress)
+        told.record(measured.variant)
     story.scores[name] = measured.score
     reasons = list(gate.reasons) if gate else []
     if limits is not None and parent is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from burnish.data.rows import Row, RowSet
 from burnish.data.templates import Template, row_prompt_tokens
 from burnish.data.tokenizer import Tokenizer
+from burnish.engine.native import NativeEngine
 from burnish.engine.protocol import Engine
 from burnish.errors import ConfigError
 from burnish.measure.compare import Comparison, GateLimits, compare_models
@@ -16,10 +17,22 @@ from burnish.measure.evaluate import SqlScore, TextScore, evaluate_sql, evaluate
 from burnish.measure.paired import TaskComparison, compare_answers
 from burnish.measure.perplexity import perplexity
 from burnish.models.checkpoint import read_config
+from burnish.models.loading import resolve_model
 from burnish.pipeline.examples import DataConfig, prepare, read_data
 from burnish.pipeline.gates import GateOptions, GateResult, is_made_from, judge, layer_errors, limits_of_child
 from burnish.pipeline.manifest import GOLDEN_TEXT, fingerprint_folder, read_manifest
-from burnish.pipeline.opening import Opened, Source, data_of, engine_of, open_decoder, quantize_of
+from burnish.pipeline.opening import (
+    EngineOptions,
+    Opened,
+    Source,
+    check_not_sharded,
+    data_of,
+    engine_of,
+    open_decoder,
+    open_engine,
+    quantize_of,
+    required_tokenizer,
+)
 from burnish.pipeline.progress import Progress, silent
 from burnish.pipeline.text_rows import read_texts
 
@@ -68,6 +81,8 @@ def evaluate(
     max_tokens: int = 128,
     quantize: str = "none",
     weights_cache: bool = True,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
     gate_options: GateOptions | None = None,
     source: Source | None = None,
     progress: Progress = silent,
@@ -83,6 +98,7 @@ def evaluate(
         adapter: an adapter to put on the model.
         max_tokens: of one answer.
         quantize, weights_cache: of the model, as in `EngineOptions`; the parent runs as it is.
+        tensor_parallel, pipeline_parallel: as in `EngineOptions`; for tasks that are answers only.
         gate_options: limits to judge the model by; else, beside the model it was made from, those it was made under,
             or those of its bits.
 
@@ -96,12 +112,25 @@ def evaluate(
         if task == "bleu":
             raise ConfigError("bleu needs rows with reference answers", remedy="Give them with --data.")
         data = DataConfig(source="text-to-sql:test:300")
-    opened = open_decoder(model, source, adapter=adapter, quantize=quantize, weights_cache=weights_cache)
+    options = EngineOptions(
+        quantize=quantize,
+        weights_cache=weights_cache,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+    )
+    if task == "perplexity" or against is not None:
+        what = "perplexity" if task == "perplexity" else "a comparison with a parent"
+        check_not_sharded(options, what, remedy="Leave --tensor-parallel and --pipeline-parallel out.")
+    if options.sharded:
+        opened, engine = _open_sharded(model, source, adapter, options)
+    else:
+        opened = open_decoder(model, source, adapter=adapter, quantize=quantize, weights_cache=weights_cache)
+        engine = None
     if task == "perplexity":
         return _evaluate_perplexity(opened, data, against, source, gate_options)
     rows = read_data(data)
     template = template_for(opened, data, rows)
-    engine = engine_of(opened)
+    engine = engine or engine_of(opened)
     score = score_rows(
         engine, rows.rows, opened.tokenizer, template, task=task, max_tokens=max_tokens, progress=progress
     )
@@ -131,6 +160,23 @@ def evaluate(
         quantize=quantize_of(opened),
         **record,
     )
+
+
+def _open_sharded(
+    model: str, source: Source, adapter: str | None, options: EngineOptions
+) -> tuple[Opened, NativeEngine]:
+    """An engine of several processes, and what this one has of the model."""
+    engine = open_engine(model, source, adapter=adapter, options=options)
+    assert isinstance(engine, NativeEngine)
+    folder = resolve_model(model, revision=source.revision, offline=source.offline, allow_pickle=source.allow_pickle)
+    opened = Opened(
+        decoder=engine.decoder,
+        tokenizer=required_tokenizer(folder),
+        folder=folder,
+        name=model,
+        optimised=engine.optimised,
+    )
+    return opened, engine
 
 
 def template_for(opened: Opened, data: DataConfig, rows: Any) -> Template:

@@ -9,7 +9,7 @@ from burnish.data.examples import LEARN, ExampleSet, make_examples
 from burnish.data.rows import RowSet, read_rows
 from burnish.data.templates import Template, pick_template
 from burnish.data.tokenizer import Tokenizer
-from burnish.errors import ConfigError
+from burnish.errors import SettingError
 
 GATE_DATA = "text-to-sql:validation:64"
 
@@ -42,14 +42,18 @@ class DataConfig:
     offline: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise ConfigError("max_length is out of range", got=self.max_length, expected="2 or more")
-        if self.too_long not in ("drop", "truncate"):
-            raise ConfigError("too_long is not known", got=repr(self.too_long), expected="drop or truncate")
-        if self.learn not in LEARN:
-            raise ConfigError("learn is not known", got=repr(self.learn), expected="all or last")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError("limit is out of range", got=self.limit, expected="1 or more")
+        problems = [
+            SettingError(f"{{{name}}} is {fault}", got=repr(getattr(self, name)), expected=expected)
+            for name, holds, fault, expected in (
+                ("max_length", self.max_length >= 2, "out of range", "2 or more"),
+                ("too_long", self.too_long in ("drop", "truncate"), "not known", "drop or truncate"),
+                ("learn", self.learn in LEARN, "not known", "all or last"),
+                ("limit", self.limit is None or self.limit >= 1, "out of range", "1 or more"),
+            )
+            if not holds
+        ]
+        if problems:
+            raise SettingError.of(problems)
 
 
 @dataclass(frozen=True, kw_only=True)

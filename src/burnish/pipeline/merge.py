@@ -201,7 +201,7 @@ class _Merging:
             raise ConfigError("there is no adapter to merge")
         for each in self.adapters:
             if not is_adapter_folder(each):
-                raise ConfigError(f"{each} is no adapter", expected="a folder with adapter_config.json")
+                raise _no_adapter(each)
         if weights is None and len(self.adapters) > 1:
             raise ConfigError("several adapters need weights", remedy="Give one for each: --weights 0.7,0.3")
         self.weights = [1.0] if weights is None else [float(weight) for weight in weights]
@@ -249,6 +249,17 @@ class _Merging:
         if len(self.adapters) == 1:
             return {"adapter": describe_input(Path(self.adapters[0]))}
         return {f"adapter {number}": describe_input(Path(each)) for number, each in enumerate(self.adapters, 1)}
+
+
+def _no_adapter(folder: str) -> ConfigError:
+    if (Path(folder) / "config.json").is_file():
+        return ConfigError(
+            f"{folder} is a model already, not an adapter: there is nothing to merge",
+            remedy=f"Use it as it is: burnish chat {folder}, or burnish quantize {folder} --out DIR.",
+        )
+    if not Path(folder).exists():
+        return ConfigError(f"there is no folder {folder}", expected="an adapter that burnish tune or PEFT wrote")
+    return ConfigError(f"{folder} is no adapter", expected="a folder with adapter_config.json")
 
 
 def _common_base(adapters: Sequence[str], base: str | None) -> str:

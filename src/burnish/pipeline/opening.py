@@ -68,6 +68,7 @@ class EngineOptions:
         max_batch_tokens: tokens computed in one step.
         speculation: "auto", "ngram" or "off": whether the next tokens are guessed and verified.
         kv_cache: False recomputes every token, to show what the cache is worth.
+        tensor_parallel, pipeline_parallel: processes that share every block, and stages of blocks.
     """
 
     quantize: str = "none"
@@ -78,10 +79,17 @@ class EngineOptions:
     max_batch_tokens: int | None = None
     speculation: str = "auto"
     kv_cache: bool = True
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
 
     def __post_init__(self) -> None:
         check_quantize(self.quantize)
         check_speculation(self.speculation)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes are to run the model."""
+        return self.tensor_parallel != 1 or self.pipeline_parallel != 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +257,7 @@ def open_engine(
             got=engine,
             remedy="Merge it first: burnish merge ADAPTER --out DIR",
         )
+    check_not_sharded(options, "an adapter", remedy="Merge it first: burnish merge ADAPTER --out DIR")
     opened = open_decoder(
         model, source, adapter=adapter, quantize=options.quantize, weights_cache=options.weights_cache
     )
@@ -287,6 +296,20 @@ def engine_of(
     )
     engine.optimised = opened.optimised
     return engine
+
+
+def check_not_sharded(options: EngineOptions, what: str, *, remedy: str) -> None:
+    """Refuse what needs the whole model in this process.
+
+    Raises:
+        ConfigError: several processes were asked for.
+    """
+    if options.sharded:
+        raise ConfigError(
+            f"{what} needs the whole model in one process",
+            got=f"tensor_parallel {options.tensor_parallel}, pipeline_parallel {options.pipeline_parallel}",
+            remedy=remedy,
+        )
 
 
 def quantize_of(opened: Opened) -> str:

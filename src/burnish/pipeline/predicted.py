@@ -5,7 +5,7 @@ Predictions are growth over a process that has its libraries imported, as the me
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from burnish.compress.config import QuantizeConfig
 from burnish.models.decoder import Decoder
@@ -45,13 +45,15 @@ def training_options(
         longest: tokens of the longest row.
         batches: its micro-batches.
     """
-    extras = config.method != "full" and (lora.dropout or lora.use_dora)
+    adapted = config.method != "full"
     return PlanOptions(
         dtype=dtype,
         micro_batch_size=config.micro_batch_size,
         micro_batch_tokens=config.micro_batch_tokens,
         packing=config.packing,
-        fused=not extras and config.precision != "float16",
+        fused=config.precision != "float16",
+        dora=adapted and lora.use_dora,
+        dropout=adapted and lora.dropout > 0,
         sequence_tokens=longest,
         positions=batches.positions,
         labels=max(1, batches.labels),
@@ -90,8 +92,13 @@ def predicted_training(decoder: Decoder, *, config: TrainConfig, lora: LoraConfi
         batches=batches_of(rows, config, device=device),
     )
     prediction = predict_stage(decoder.config, config.method, device=device, options=options)
+    return as_measured(prediction.components)
+
+
+def as_measured(components: Mapping[str, int]) -> dict[str, int]:
+    """Predicted bytes by the components that training measures; what was there at the start is none of them."""
     parts: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
-    for name, size in prediction.components.items():
+    for name, size in components.items():
         if name != "runtime":
             parts[_COMPONENTS.get(name, "other")] += size
     return parts

@@ -18,6 +18,7 @@ from burnish.measure.compare import GateLimits, compare_models
 from burnish.measure.json_values import to_plain
 from burnish.measure.memory import MemoryMeter
 from burnish.models.checkpoint import read_config
+from burnish.models.host_memory import trim_heap
 from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import DataConfig, held_out, prepare
 from burnish.pipeline.gates import GateOptions, GateResult, gate_error, judge, quantize_limits
@@ -159,6 +160,7 @@ def quantize(
             trained = train_quantized(child, dense, rows, qat, partial=partial, progress=progress, notify=notify)
         save(folder, parent.folder)
         del child, save
+        trim_heap()
         stored = load_model(folder, dtype=parent.decoder.dtype, device=source.device)
         compared = stored if kv_dtype == "auto" else RoundedCacheModel(stored)
         comparison = compare_models(compared, parent.decoder, gate_examples.examples)

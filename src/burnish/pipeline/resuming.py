@@ -68,6 +68,37 @@ def is_unfinished(out: Path) -> bool:
     return newest.stat().st_mtime > (out / MANIFEST_NAME).stat().st_mtime
 
 
+def check_folder(out: Path, options: ResumeConfig, *, overwrite: bool) -> None:
+    """Say plainly what a folder holds that is not to be written into.
+
+    Raises:
+        ConfigError: a finished run, or an unfinished one that is not to be resumed.
+    """
+    if overwrite:
+        return
+    if is_unfinished(out):
+        if options.resume == "never":
+            raise ConfigError(
+                f"--out {out} holds an unfinished run",
+                remedy="Leave --resume never out to go on with it, add --overwrite to begin anew, or choose another "
+                "--out.",
+            )
+        return
+    manifest = read_manifest(out) if out.is_dir() else None
+    if manifest is None or manifest.get("kind") not in ("adapter", "tuned"):
+        return
+    figures = manifest.get("figures") or {}
+    steps = len(figures.get("steps") or [])
+    base = (manifest.get("inputs") or {}).get("base", {}).get("path", "a model")
+    onwards = f"burnish merge {out} --out DIR" if manifest["kind"] == "adapter" else f"burnish chat {out}"
+    what = f"{figures.get('method', manifest['kind'])} on {base}, steps taken: {steps}"
+    raise ConfigError(
+        f"--out {out} holds a run that is over: {what} ({figures.get('stopped', 'finished')})",
+        remedy=f"Use it ({onwards}), train again in its place with --overwrite, or choose another --out; to train it "
+        "further, tune the merged model.",
+    )
+
+
 def unfinished_checkpoint(out: Path, options: ResumeConfig) -> Checkpoint | None:
     """The checkpoint that `open_checkpoints` would go on from, if any."""
     if options.resume == "auto":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.data.tokenizer import Tokenizer
+from burnish.engine.shard_launch import launched_rank
 from burnish.engine.tokenizer_folder import load_tokenizer
 from burnish.errors import CheckpointError, ConfigError
 from burnish.models.hf_config import config_of, read_config, read_json_object
@@ -39,6 +40,21 @@ class ServedEngine:
     revision: str | None = None
     offline: bool = False
     allow_pickle: bool = False
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+
+
+def follow_launched(engine: ServedEngine) -> None:
+    """In a process that torchrun started as a follower: run its part for the engine of rank 0, and exit.
+
+    Returns at once everywhere else.
+    """
+    if engine.tensor_parallel * engine.pipeline_parallel > 1 and launched_rank():
+        from burnish.engine.shard_setup import open_group
+
+        open_group(
+            tensor_parallel=engine.tensor_parallel, pipeline_parallel=engine.pipeline_parallel, device=engine.device
+        )
 
 
 def open_served(

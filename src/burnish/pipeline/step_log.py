@@ -49,9 +49,13 @@ class StepLog:
 
     def close(self) -> None:
         """Close the file; nothing is written after this."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._file is None:
+            return
+        try:
+            self._file.close()  # which tries once more to write what did not go out
+        except OSError as error:
+            self._give_up(error)
+        self._file = None
 
     def _write(self, event: str, fields: Mapping[str, Any]) -> None:
         if self.broken is not None:
@@ -63,7 +67,10 @@ class StepLog:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            self.broken = f"{self.path} cannot be written: {error.strerror or error}; the run goes on without it"
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.broken = f"{self.path} cannot be written: {error.strerror or error}; the run goes on without it"
 
     def _open(self) -> BufferedWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)

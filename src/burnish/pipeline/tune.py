@@ -23,6 +23,7 @@ from burnish.pipeline.predicted import predicted_training, rows_of_run
 from burnish.pipeline.progress import Progress, silent, tell_nobody
 from burnish.pipeline.resuming import (
     ResumeConfig,
+    check_folder,
     is_unfinished,
     open_checkpoints,
     run_environment,
@@ -49,7 +50,9 @@ from burnish.train.trainer import train
 
 @dataclass(frozen=True, kw_only=True)
 class TuneRecord:
-    """What `burnish tune --json` prints. Bytes are of the process; `loaded` and `peak` are over its start.
+    """What `burnish tune --json` prints.
+
+    All bytes, measured and predicted, are those that loading and training add to a process with its libraries.
 
     `resumed_from` is the step that the run went on from; `checkpoint` is the newest one left, to go on from or to keep;
     `fit` is what was chosen for a budget of memory (see `tune_fit.Fit`).
@@ -102,6 +105,10 @@ class TuneRecord:
             "trained_parameters": self.trained_parameters,
             "skipped_steps": self.skipped_steps,
             "final_eval_loss": losses[-1] if losses else None,
+            "loaded_memory_bytes": self.loaded_memory_bytes,
+            **{f"memory.{name}_bytes": size for name, size in self.component_bytes.items()},
+            **{f"predicted.{name}_bytes": size for name, size in self.predicted_components.items()},
+            **{f"seconds.{name}": seconds for name, seconds in self.phase_seconds.items()},
         }
 
 
@@ -166,6 +173,7 @@ def tune(
     lora, config, source = lora or LoraConfig(), config or TrainConfig(), source or Source()
     base_format = BASE_FORMATS.get(config.method)
     resume = resume or ResumeConfig()
+    check_folder(Path(out), resume, overwrite=overwrite)
     folder = check_output(out, overwrite=overwrite or (resume.resume != "never" and is_unfinished(Path(out))))
     ranks = ranks or single()
     ranks.barrier()  # nothing is written before all have looked

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,7 +31,9 @@ from burnish.train.probe import ProbeResult, probe
 CHOSEN = ("precision", "micro_batch_size", "micro_batch_tokens", "gradient_accumulation", "gradient_checkpointing",
           "checkpoint_every")  # fmt: skip
 MOST_TRIES = 3
-_WEIGHTS = ("weights", "cast weights", "adapter", "gradients", "optimizer", "runtime")
+LESS_MEMORY, SMALL_RANKS = ("lora", "qlora-4bit"), (8, 4)  # what else is looked at where nothing fits
+BUDGET_STEP = 16 << 20  # budgets that are advised are round, and hold what differs from start to start
+_WEIGHTS = ("weights", "cast weights", "adapter", "gradients", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +44,22 @@ class Fit:
         budget_bytes: given.
         setting: what was chosen, in words.
         dtype: that the base is held in.
-        predicted_peak_bytes: of the process (on CUDA, of the allocator), without what is kept spare.
+        start_bytes: that the process held before the model was loaded, which count against the budget (on CUDA, 0).
+        predicted_peak_bytes: over the start, as in `TuneRecord`.
+        correction_bytes: what trials took beyond the prediction; the choice counts it.
         spare_bytes: kept free for what a prediction cannot know.
-        components: the prediction, part by part; "runtime" was there before.
+        components: the prediction, part by part.
         tried, fitting: settings looked at, and those that fit.
-        measured_peak_bytes, tokens_per_s: of the probe; None until it ran.
+        measured_peak_bytes, tokens_per_s: of the probe, over the start; None until it ran.
         reason: one line.
     """
 
     budget_bytes: int
     setting: str
     dtype: str
+    start_bytes: int
     predicted_peak_bytes: int
+    correction_bytes: int
     spare_bytes: int
     components: dict[str, int]
     tried: int
@@ -92,7 +99,7 @@ class Fitting:
         return "bfloat16" if precision == "bfloat16" and self.config.method != "full" else "float32"
 
     def components(self, config: TrainConfig, *, rows: Sequence[int] | None = None) -> dict[str, int]:
-        """Predicted bytes; "runtime" is what was there at the start.
+        """Predicted bytes over the start, part by part.
 
         Args:
             rows: numbers of the only rows that run; None is all of the run.
@@ -105,7 +112,11 @@ class Fitting:
             batches=batches_of(self.rows, config, device=self.kind, only=rows),
         )
         parts = predict_components(config.method, self.shape, self.place, options)
-        return {**parts, "runtime": self.start_bytes}
+        return {name: size for name, size in parts.items() if name != "runtime"}
+
+    def _taken(self, parts: dict[str, int]) -> int:
+        """Bytes that a run with these parts takes of a budget, without what is kept spare."""
+        return self.start_bytes + sum(parts.values()) + self.correction
 
     def choose(self, budget: int) -> tuple[TrainConfig, Fit]:
         """The run's settings with the fastest way that fits.
@@ -114,7 +125,7 @@ class Fitting:
             CapacityError: nothing does.
         """
         config, self.budget = self.config, budget
-        choice = choose(self.candidates(), budget=budget, peak=self.needs, time=self._time, remedy=_remedy(config))
+        choice = choose(self.candidates(), budget=budget, peak=self.needs, time=self._time, remedy=self._remedy)
         chosen = choice.setting.applied(config)
         parts = self.components(chosen)
         spare = _spare(parts)
@@ -122,13 +133,43 @@ class Fitting:
             budget_bytes=budget,
             setting=str(choice.setting),
             dtype=self.dtype_for(chosen.precision),
-            predicted_peak_bytes=sum(parts.values()) + self.correction,
+            start_bytes=self.start_bytes,
+            predicted_peak_bytes=sum(parts.values()),
+            correction_bytes=self.correction,
             spare_bytes=spare,
             components=parts,
             tried=choice.tried,
             fitting=choice.fitting,
             reason=f"the fastest of {choice.fitting} settings out of {choice.tried} that fit",
         )
+
+    def _remedy(self, least: Setting, needed: int) -> str:
+        """The smallest budget as things are, and with what else takes less; each was worked out, none is a guess."""
+        told = [f"As asked, {_budget(needed)} is the smallest budget ({least})"]
+        smallest, flags = self._least_of_all()
+        if _budget(smallest) != _budget(needed):
+            told.append(f"with {' '.join(flags)} it is {_budget(smallest)}")
+        else:
+            told.append("no other method or rank takes less")
+        line = "; ".join(told)
+        if self.start_bytes:
+            line += f"; Python and its libraries take {format_bytes(self.start_bytes)} of that"
+        return f"{line}. Shorter rows (--max-length, now up to {self.rows.longest} tokens) take less too."
+
+    def _least_of_all(self) -> tuple[int, list[str]]:
+        """The smallest budget over methods and ranks, and the options that reach it."""
+        found: list[tuple[int, list[str]]] = []
+        methods = list(dict.fromkeys((self.config.method, *LESS_MEMORY)))
+        ranks = list(dict.fromkeys((self.lora.rank, *(rank for rank in SMALL_RANKS if rank < self.lora.rank))))
+        for method in methods:
+            for rank in ranks:
+                config = replace(self.config, method=method, freeze=())  # type: ignore[arg-type]
+                other = copy(self)
+                other.config, other.lora = config, replace(self.lora, rank=rank)
+                flags = [f"--method {method}"] if method != self.config.method else []
+                flags += [f"--rank {rank}"] if rank != self.lora.rank else []
+                found.append((min(map(other.needs, other.candidates())), flags))
+        return min(found, key=lambda each: (each[0], len(each[1])))
 
     def candidates(self) -> list[Setting]:
         """All settings that are looked at."""
@@ -142,7 +183,7 @@ class Fitting:
     def needs(self, setting: Setting) -> int:
         """Bytes that a budget must have for a setting: its prediction and what is kept spare."""
         parts = self.components(setting.applied(self.config))
-        return sum(parts.values()) + self.correction + _spare(parts)
+        return self._taken(parts) + _spare(parts)
 
     def _time(self, setting: Setting) -> float:
         batches = batches_of(self.rows, setting.applied(self.config), device=self.kind)
@@ -170,13 +211,13 @@ class Fitting:
         for rows in (shortest, step):
             for _ in range(MOST_TRIES):
                 result = self._probe(config, rows, decoder=decoder, examples=examples)
-                if sum(fit.components.values()) + self.correction + fit.spare_bytes // 2 <= self.budget:
+                if self._taken(fit.components) + fit.spare_bytes // 2 <= self.budget:
                     break
                 config, fit = self.choose(self.budget)
         fit = replace(
             fit,
-            predicted_peak_bytes=sum(fit.components.values()) + self.correction,
-            measured_peak_bytes=result.peak_bytes,
+            correction_bytes=self.correction,
+            measured_peak_bytes=max(0, result.peak_bytes - self.start_bytes),
             tokens_per_s=result.tokens_per_s,
         )
         return config, fit
@@ -191,7 +232,7 @@ class Fitting:
     ) -> ProbeResult:
         """Try `rows` out; what they take beyond the prediction corrects all others."""
         result = try_out(decoder, [examples[row] for row in rows], config, state_bytes=self.state_bytes(config))
-        expected = sum(self.components(config, rows=list(rows)).values())
+        expected = self.start_bytes + sum(self.components(config, rows=list(rows)).values())
         self.correction = max(self.correction, result.peak_bytes - expected)
         return result
 
@@ -239,21 +280,18 @@ def _spare(parts: dict[str, int]) -> int:
     return int(overheads.FIT_SPARE_BYTES + overheads.FIT_SPARE_SHARE * moving)
 
 
-def _remedy(config: TrainConfig) -> str:
-    """What takes less, of what is not chosen here."""
-    ways = {
-        "full": "--method lora",
-        "lora": "--method qlora-4bit",
-        "qlora-8bit": "--method qlora-4bit",
-        "qlora-4bit": "a smaller model",
-    }
-    rest = "" if config.method == "full" else ", a lower --rank"
-    return f"Try {ways[config.method]}, a shorter --max-length{rest}, or a larger --memory."
+def _budget(needed: int) -> str:
+    """A budget that will do, as --memory takes it."""
+    return f"{-(-(needed + BUDGET_STEP // 2) // BUDGET_STEP) * BUDGET_STEP >> 20}MiB"
 
 
 def describe(fit: Fit) -> str:
     """One line for people."""
-    parts = [f"{fit.setting}, base in {fit.dtype}", f"predicted {format_bytes(fit.predicted_peak_bytes)}"]
+    start = f" of {format_bytes(fit.start_bytes)}" if fit.start_bytes else ""
+    parts = [
+        f"{fit.setting}, base in {fit.dtype}",
+        f"predicted {format_bytes(fit.predicted_peak_bytes)} over the start{start}",
+    ]
     if fit.measured_peak_bytes is not None:
         parts.append(f"tried {format_bytes(fit.measured_peak_bytes)} at {format_rate(fit.tokens_per_s)} tokens/s")
     return f"for {format_bytes(fit.budget_bytes)}: {'; '.join(parts)}: {fit.reason}"

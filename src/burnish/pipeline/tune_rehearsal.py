@@ -8,14 +8,14 @@ from typing import Any
 from burnish.engine.memory_budget import parse_bytes
 from burnish.pipeline.examples import DataConfig
 from burnish.pipeline.opening import Source, open_decoder, read_without_weights
-from burnish.pipeline.predicted import rows_of_run
+from burnish.pipeline.predicted import as_measured, rows_of_run
 from burnish.pipeline.progress import Progress, silent
 from burnish.pipeline.training_data import EvaluationChoice, training_data
 from burnish.pipeline.tune_fit import Fitting, try_out
 from burnish.train.config import TrainConfig
 from burnish.train.fitting import in_words
 from burnish.train.freezing import BASE_FORMATS
-from burnish.train.inputs import order_of_rows, total_steps
+from burnish.train.inputs import order_of_rows, total_steps, total_tokens
 from burnish.train.lora import LoraConfig, attach_lora
 from burnish.train.precision import resolve_precision
 
@@ -24,9 +24,11 @@ from burnish.train.precision import resolve_precision
 class RehearsalRecord:
     """What `burnish tune --dry-run --json` prints.
 
-    Bytes are of the process (on CUDA, of the allocator), what was there before included as "runtime". `setting` is how
-    a step would be cut up, in words; `fit` is what was chosen for a budget, None without one. `seconds` is an estimate:
-    all tokens at the probe's rate, which counts neither evaluations nor updates.
+    Bytes are those that loading and training add to a process with its libraries (on CUDA, the allocator's), as in
+    `TuneRecord`; `start_bytes` were there before. `predicted_components` are those of a run's record,
+    `predicted_parts` what they are made of. `setting` is how a step would be cut up, in words; `fit` is what was chosen
+    for a budget, None without one. `seconds` is an estimate: all tokens at the probe's rate, which counts neither
+    evaluations nor updates.
     """
 
     base: str
@@ -41,6 +43,8 @@ class RehearsalRecord:
     tokens: int
     predicted_peak_bytes: int
     predicted_components: dict[str, int]
+    predicted_parts: dict[str, int]
+    start_bytes: int
     measured_peak_bytes: int
     tokens_per_s: float
     probe_tokens: int
@@ -91,7 +95,7 @@ def rehearse(
     result = try_out(opened.decoder, step, config, state_bytes=fitting.state_bytes(config))
     order = order_of_rows(rows.examples, config)
     steps = total_steps(order, config)
-    tokens = int(order.lengths.sum()) * steps // order.steps_per_epoch()
+    tokens = total_tokens(order, steps=steps)
     parts = fitting.components(config)
     return RehearsalRecord(
         base=opened.name,
@@ -105,8 +109,10 @@ def rehearse(
         steps=steps,
         tokens=tokens,
         predicted_peak_bytes=sum(parts.values()),
-        predicted_components=parts,
-        measured_peak_bytes=result.peak_bytes,
+        predicted_components=as_measured(parts),
+        predicted_parts=parts,
+        start_bytes=fitting.start_bytes,
+        measured_peak_bytes=max(0, result.peak_bytes - fitting.start_bytes),
         tokens_per_s=result.tokens_per_s,
         probe_tokens=result.tokens,
         seconds=tokens / result.tokens_per_s,

@@ -23,7 +23,7 @@ from burnish.train.trace import TraceRecorder
 
 TRACE_NAME = "trace.json"
 MOST_OPERATORS = 20
-_ARTIFACTS = ("burnish.json", "run.json", LOG_NAME, TRACE_NAME, "adapter_config.json", "adapter_model.safetensors")
+_ARTIFACTS = ("burnish.json", "run.json", LOG_NAME, TRACE_NAME)
 _DOING = {"evaluation": "evaluating", "saving": "saving"}
 
 
@@ -103,15 +103,17 @@ class TuneWatch:
 
     def begin_tracking(self, run: str, settings: Mapping[str, Any]) -> None:
         """Start the tracker with the settings under flat names, as every tracker takes them."""
-        self.tracker.start(run)
+        self.tracker.start(run, resumed=self._last_step > 0)
         self.tracker.params(dict(_flat(settings)))
 
     def end_tracking(self, figures: Mapping[str, float | None], *, interrupted: bool) -> None:
-        """Send the run's figures as a whole and the files it wrote, and close the tracker."""
+        """Send the run's figures as a whole, the files it wrote and what it taught, and close the tracker."""
         self.tracker.metrics({name: float(value) for name, value in figures.items() if value is not None})
         for name in _ARTIFACTS:
             if (self._folder / name).is_file():
                 self.tracker.artifact(self._folder / name)
+        if not interrupted and any(self._folder.glob("*.safetensors")):
+            self.tracker.model(self._folder, name=self._folder.resolve().name)
         self.tracker.finish("interrupted" if interrupted else "finished")
 
     def __enter__(self) -> TuneWatch:

@@ -7,7 +7,7 @@ Letters: N tokens, D hidden, I intermediate, H query heads, K kv heads, E head d
 from __future__ import annotations
 
 from burnish.models.config import ModelConfig
-from burnish.plan.weights import block_linears
+from burnish.plan.weights import adapted_linears, block_linears
 
 LOGITS_CHUNK_BYTES = 64 * 2**20  # float32 logits that the loss computes at once
 LOGITS_MIN_POSITIONS = 64
@@ -44,6 +44,25 @@ def saved_per_token(config: ModelConfig, *, dtype_bytes: int, adapter_rank: int,
     if config.attention_softcap is not None:
         scores += SOFTCAP_SCORE_BYTES * config.num_heads * sequence
     return norm_inputs * norm_bytes + (linear_inputs + attention + mlp + adapters) * dtype_bytes + scores
+
+
+def saved_by_extras(
+    config: ModelConfig, *, dtype_bytes: int, target_modules: str | tuple[str, ...], dora: bool, dropout: bool
+) -> int:
+    """Bytes that adapters with DoRA or dropout keep per token and layer beyond `saved_per_token`.
+
+    DoRA: each adapted linear's outputs before they are scaled, O. Dropout: each one's own thinned inputs, I, and
+    as much of mask; inputs that linears share are then kept by none, if all linears are adapted.
+    """
+    layers = max(1, config.num_layers)
+    linears = adapted_linears(config, target_modules)
+    total = dtype_bytes * sum(rows for rows, _ in linears) // layers if dora else 0
+    if dropout:
+        total += 2 * dtype_bytes * sum(columns for _, columns in linears) // layers
+        if len(linears) >= len(block_linears(config)):
+            shared = config.hidden_size * (1 if config.shared_norm else 2) + config.intermediate_size
+            total -= dtype_bytes * shared
+    return total
 
 
 def mask_bytes(config: ModelConfig, *, sequence: int, dtype_bytes: int) -> int:

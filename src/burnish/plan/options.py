@@ -26,7 +26,8 @@ class PlanOptions:
         micro_batch_size: training rows per forward pass.
         micro_batch_tokens: positions per forward pass at most; None is what training takes by itself.
         packing: rows of a forward pass lie end to end.
-        fused: blocks run fused where they can; False for adapters with dropout or DoRA.
+        fused: blocks run fused where they can; False for float16.
+        dora, dropout: of the adapters; their blocks run through the decoder's own forward.
         sequence_tokens: tokens of the longest training row.
         label_tokens: learned tokens per row; None is all of them.
         positions, labels, widths: of the micro-batches, where they were counted: most positions (filled up), most
@@ -54,6 +55,8 @@ class PlanOptions:
     micro_batch_tokens: int | None = None
     packing: bool = True
     fused: bool = True
+    dora: bool = False
+    dropout: bool = False
     sequence_tokens: int = 512
     label_tokens: int | None = None
     positions: int | None = None

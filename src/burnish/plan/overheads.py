@@ -17,7 +17,7 @@ RUNTIME_CUDA = 550 * MIB
 FIRST_USE_CPU = {
     "load": 4 * MIB,
     "generate": 25 * MIB,
-    "train": 36 * MIB,
+    "train": 30 * MIB,
     "quantize": 80 * MIB,
     "merge": 50 * MIB,
 }
@@ -32,10 +32,17 @@ It gives blocks of 32 MiB and more back at once, so this stops growing; with a f
 ALLOCATOR_LIMIT = 512 * MIB
 """Most that the allocator was seen to keep."""
 
+FREED_SHARE = 0.6
+"""What the heap keeps of dense weights that are freed one by one while packed ones take their place, in their units."""
+
 ALLOCATOR_SHARE = {2: 0.3, 4: 0.2}
 """The same for fused training, in units of what is kept for the backward pass and of the larger moment, by bytes of the
 compute dtype: compiled bfloat16 products stand in the heap between activations, and what is freed around them is not
 always used again."""
+
+ALLOCATOR_SHARE_UNFUSED = {"dense": 0.4, "quantized": 0.55}
+"""The same for packed rows in blocks that do not fuse (DoRA, dropout), by the base: many tensors of many sizes, among
+them rebuilt weights, come and go between those that are kept. With MALLOC_MMAP_THRESHOLD_ fixed it was about 0."""
 
 FIT_SPARE_SHARE, FIT_SPARE_BYTES = 0.08, 24 * MIB
 """What `tune --memory` keeps free beyond a prediction: of everything but the weights, and for each run."""

@@ -17,6 +17,7 @@ def plan(
     device: str = "cpu",
     options: PlanOptions | None = None,
     stages: tuple[str, ...] | None = None,
+    cards: int = 1,
     revision: str | None = None,
     offline: bool = False,
 ) -> Plan:
@@ -27,6 +28,7 @@ def plan(
         device: a name of the catalogue; "cpu" and "cuda" are this machine's.
         options: the work: lengths, batches, formats.
         stages: names of stages; all when None.
+        cards: devices of this kind that share the model.
 
     Raises:
         CheckpointError, ConfigError: an unknown model, device or stage.
@@ -42,4 +44,5 @@ def plan(
         options=work,
         stored_dtype=source.stored_dtype,
         stages=stages or tuple(STAGES),
+        cards=cards,
     )

@@ -10,6 +10,7 @@ from burnish.errors import CapacityError
 from burnish.models.config import ModelConfig
 from burnish.plan.devices import Device, find_device, smallest_that_holds
 from burnish.plan.options import PlanOptions
+from burnish.plan.sharding import Split, predict_splits
 from burnish.plan.stages import STAGES, load_dtype, predict_components
 from burnish.plan.timing import GenerationTime, generation_time, quantization_seconds, training_seconds
 from burnish.plan.weights import FORMATS, weight_bytes
@@ -61,6 +62,7 @@ class Plan:
         options: the work assumed.
         stages: in the order they were asked for.
         generation: times of the inference stage; None where unknown.
+        splits: ways of dividing the model over several devices; empty for one.
     """
 
     model: str
@@ -72,6 +74,7 @@ class Plan:
     options: PlanOptions
     stages: tuple[StagePrediction, ...]
     generation: GenerationTime | None
+    splits: tuple[Split, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -95,6 +98,7 @@ class Plan:
             "stages": [stage.to_dict() for stage in self.stages],
             "generation": None if self.generation is None else asdict(self.generation),
             "fits": self.fits,
+            "splits": [split.to_dict() for split in self.splits],
         }
 
 
@@ -106,6 +110,7 @@ def plan(
     options: PlanOptions | None = None,
     stored_dtype: str | None = None,
     stages: Sequence[str] = tuple(STAGES),
+    cards: int = 1,
 ) -> Plan:
     """Predict what a model needs on a device, stage by stage. Runs in milliseconds and reads no weights.
 
@@ -116,6 +121,7 @@ def plan(
         options: the work; lengths and batches by default as the commands have them.
         stored_dtype: dtype of the checkpoint, where known.
         stages: names of `STAGES`.
+        cards: devices of this kind that share the model; the stages are of one.
 
     Raises:
         ConfigError: an unknown device or stage.
@@ -136,6 +142,9 @@ def plan(
             predict_stage(config, name, device=place, options=work, stored_dtype=stored_dtype) for name in stages
         ),
         generation=_generation(config, place, work, dtype),
+        splits=()
+        if cards == 1
+        else predict_splits(config, cards=cards, device=place, options=work, stored_dtype=stored_dtype),
     )
 
 

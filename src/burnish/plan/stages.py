@@ -92,7 +92,6 @@ def predict_merge(config: ModelConfig, device: Device, options: PlanOptions, dty
     parts["adapter"] = 2 * 4 * adapter
     parts["workspace"] = 2 * 4 * _largest_linear(config)
     parts["comparison"] = comparison_workspace(config, dtype_bytes=4)
-    _add_allocator(parts, device, parts["comparison"])
     return parts
 
 
@@ -116,7 +115,8 @@ def predict_quantize(config: ModelConfig, device: Device, options: PlanOptions, 
     if options.hessians:
         parts["hessian"] = overheads.HESSIAN_COPIES * 4 * max(columns for _, columns in linears) ** 2
     parts["workspace"] = overheads.WEIGHT_COPIES * 4 * max(rows * columns for rows, columns in linears)
-    _add_allocator(parts, device, activations)
+    if device.kind == "cpu":
+        parts["allocator"] = int(overheads.FREED_SHARE * parts["weights"])
     return parts
 
 
@@ -160,8 +160,3 @@ def _weights(config: ModelConfig, weight_format: str, options: PlanOptions) -> i
 
 def _largest_linear(config: ModelConfig) -> int:
     return max(rows * columns for rows, columns in config.linear_shapes().values())
-
-
-def _add_allocator(parts: Components, device: Device, layer_bytes: int) -> None:
-    if device.kind == "cpu":
-        parts["allocator"] = min(overheads.ALLOCATOR_LIMIT, int(overheads.ALLOCATOR_LAYERS * layer_bytes))

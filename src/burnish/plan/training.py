@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from burnish.models.config import ModelConfig
 from burnish.plan import overheads
-from burnish.plan.activations import loss_workspace, mask_bytes, saved_per_token, working_set
+from burnish.plan.activations import loss_workspace, mask_bytes, saved_by_extras, saved_per_token, working_set
 from burnish.plan.devices import Device
 from burnish.plan.options import PlanOptions
 from burnish.plan.weights import (
@@ -41,6 +41,7 @@ TOKENS_AT_ONCE = {"cpu": 512, "cuda": 8192}
 """Most positions of a micro-batch by default. On CPUs products of more rows leave the second-level cache: with 1,024
 rows they were seen to take twice as long per row (2 cores with AMX)."""
 
+DORA_COPIES = 3  # of the widest outputs in float32
 STATISTICS = 8  # bytes per position of a norm's statistics
 
 
@@ -102,8 +103,17 @@ def predict_training(
 def fuses(config: ModelConfig, device: Device, options: PlanOptions) -> bool:
     """Whether blocks run fused: on a CPU, packed, blocks that are put together plainly, adapters without extras."""
     plain = not (config.output_norms or config.qk_norm or config.residual_from_norm)
-    plain = plain and config.attention_softcap is None and not config.alibi_bfloat16
-    return device.kind == "cpu" and options.packing and options.fused and plain
+    plain = plain and not options.dora and not options.dropout
+    return compiled(device, options) and plain and _plain_scores(config)
+
+
+def compiled(device: Device, options: PlanOptions) -> bool:
+    """Whether attention and the output layer run on the compiled kernels, in blocks that do not fuse too."""
+    return device.kind == "cpu" and options.packing and options.fused
+
+
+def _plain_scores(config: ModelConfig) -> bool:
+    return config.attention_softcap is None and not config.alibi_bfloat16
 
 
 class _Prediction:
@@ -113,7 +123,8 @@ class _Prediction:
         self.size = training_bytes(device, options, dtype)
         self.stored = 4 if self.full or (dtype == "float16" and not device.bfloat16) else DTYPE_BYTES[dtype]
         self.widths = widths(options, device)
-        self.fused = fuses(config, device, options)
+        self.compiled, self.fused = compiled(device, options), fuses(config, device, options)
+        self.dora = options.dora and not self.full
         self.rank = 0 if self.full else options.rank
         self.roles = () if self.full else options.target_modules
         self.groups = linear_groups(config)
@@ -131,6 +142,8 @@ class _Prediction:
         trained = config.num_parameters()
         if not self.full:
             trained = adapter_parameters(config, rank=options.rank, target_modules=options.target_modules)
+            if self.dora:
+                trained += sum(rows for rows, _ in adapted_linears(config, options.target_modules))
             parts["adapter"] = 4 * trained
             if self.fused:
                 parts["joined adapters"] = self._joined_adapters()
@@ -199,13 +212,25 @@ class _Prediction:
         """Bytes of one layer that one position leaves for the backward pass."""
         config, size = self.config, self.size
         if not self.fused:
-            row = self.options.sequence_tokens
-            return saved_per_token(config, dtype_bytes=size, adapter_rank=self.rank, full=self.full, sequence=row)
+            options = self.options
+            row = options.sequence_tokens
+            kept = saved_per_token(config, dtype_bytes=size, adapter_rank=self.rank, full=self.full, sequence=row)
+            return kept + (0 if self.full else self._kept_by_extras())
         heads = config.num_heads * config.head_dim
         inputs = config.hidden_size * (1 if config.parallel_residual else 2)
         numbers = inputs + heads + sum(rows + self._ranks(roles) for roles, rows, _ in self.groups if _kept(roles))
         numbers += sum(self._ranks(roles) for roles, _, _ in self.groups if not _kept(roles))
         return size * numbers + 2 * STATISTICS + 4 * config.num_heads
+
+    def _kept_by_extras(self) -> int:
+        options = self.options
+        return saved_by_extras(
+            self.config,
+            dtype_bytes=self.size,
+            target_modules=options.target_modules,
+            dora=self.dora,
+            dropout=options.dropout,
+        )
 
     def _kept(self) -> int:
         """From the forward to the backward pass: layers, the final norm's input, rotations and masks."""
@@ -217,7 +242,9 @@ class _Prediction:
         else:
             kept = config.num_layers * layer
         ends = 2 * count * config.hidden_size * (4 if self.full else size)
-        masks = 0 if self.fused else mask_bytes(config, sequence=self.options.sequence_tokens, dtype_bytes=size)
+        masks = 0
+        if not (self.compiled and _plain_scores(config)):
+            masks = mask_bytes(config, sequence=self.options.sequence_tokens, dtype_bytes=size)
         tables = 2 * count * config.rotary_dim * (4 + size)
         return int(kept + ends + masks + tables)
 
@@ -230,7 +257,7 @@ class _Prediction:
         if self.full:
             # The sum, one chunk's product, and the sum scaled on the way back while it still exists.
             gradient = self.head * (4 + max(4, size))
-        if not self.fused:
+        if not self.compiled:
             return rows + gradient + loss_workspace(config, tokens=labels, dtype_bytes=size)
         cast = 2 * self.head if self.full and size == 2 else 0
         return rows + gradient + cast + self._scratch()
@@ -259,6 +286,7 @@ class _Prediction:
             total += self._widest_half() + self._scratch()
         else:
             total += working_set(config, tokens=count, dtype_bytes=size, gradients=True) + self._rebuilt()
+            total += self._scaling() + (self._scratch() if self.compiled else 0)
         if self.full:
             # A second micro-batch's gradients of a half beside those that are kept, and the tied output layer's, which
             # wait for the embeddings' own at the very end.
@@ -266,6 +294,14 @@ class _Prediction:
             total += 4 * largest * 2 + size * largest
             total += 4 * self.head
         return total
+
+    def _scaling(self) -> int:
+        """DoRA: of the widest linear, its outputs and two gradients in float32, and a rebuilt weight for its norms."""
+        if not self.dora:
+            return 0
+        linears = adapted_linears(self.config, self.options.target_modules)
+        rebuilt = 0 if self.method == "lora" else 4 * max(rows * columns for rows, columns in linears)
+        return 4 * DORA_COPIES * self.widths.positions * max(rows for rows, _ in linears) + rebuilt
 
     def _widest_half(self) -> int:
         """Gradients alive in the half that needs most: its output's twice, and those around its first linears."""
@@ -291,6 +327,8 @@ class _Prediction:
     def _allocator(self, kept: int) -> int:
         if self.fused:
             return int(overheads.ALLOCATOR_SHARE[self.size] * kept)
+        if self.compiled and not self.full:
+            return int(overheads.ALLOCATOR_SHARE_UNFUSED["dense" if self.method == "lora" else "quantized"] * kept)
         layer = self.widths.positions * self._layer_per_position()
         return min(overheads.ALLOCATOR_LIMIT, int(overheads.ALLOCATOR_LAYERS * layer))
 

@@ -15,7 +15,8 @@ from burnish.scale.database import Database
 from burnish.scale.leases import LeasingConsumer, NoPublisher
 from burnish.scale.rabbit import check_name, check_url
 from burnish.scale.store import JobStore
-from burnish.scale.worker import SteppedEngine, Worker, WorkerSettings
+from burnish.scale.worker import SteppedEngine, Worker
+from burnish.scale.worker_settings import WorkerSettings
 
 DEFAULT_STORE = "sqlite:///burnish-queue.db"
 COMMAND_PATIENCE_S = 15.0

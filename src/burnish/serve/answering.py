@@ -59,6 +59,9 @@ class AnswerResponse(Response):
             await (self._stream(send) if self._job.stream else self._whole(send))
         except Gone:
             outcome = "gone"
+        except asyncio.CancelledError:  # how Ray Serve says that the client left
+            outcome = "gone"
+            raise
         except Exception as error:
             fault = fault_of(error)
             outcome = "refused" if fault.status < 500 else "failed"

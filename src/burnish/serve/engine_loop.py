@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from burnish.engine.request import Request
 from burnish.engine.sequence import Sequence
-from burnish.errors import BurnishError
+from burnish.errors import BurnishError, WorkerError
 from burnish.serve.messages import Abort, Failed, Piece, Queued, Stats, Submit
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ class EngineLoop:
         try:
             advanced = self.engine.advance()
         except Exception as error:
-            self._failures += 1
+            # Without its other processes an engine never runs again.
+            self._failures = _MAX_FAILURES if isinstance(error, WorkerError) else self._failures + 1
             for followed in list(self._followed.values()):
                 self._forget(followed)
                 self.engine.abort(followed.request.request_id)

@@ -40,6 +40,11 @@ class Job:
     completion_tokens: int = 0
 
     @property
+    def answer_id(self) -> str:
+        """What the answer's JSON calls it."""
+        return f"{'chatcmpl' if self.kind == 'chat' else 'cmpl'}-{self.job_id}"
+
+    @property
     def num_answers(self) -> int:
         return len(self.prompts) * self.params.n
 

@@ -19,5 +19,6 @@ MAX_LOGPROBS = 20
 MAX_REGEX_CHARS = 8192
 MAX_GRAMMAR_CHARS = 32768
 MAX_SCHEMA_CHARS = 32768
+MAX_EXPECTED_CHARS = 65536
 MAX_TOKENS = 1 << 20
 """Largest number accepted where tokens are counted; the model's context is the real bound."""

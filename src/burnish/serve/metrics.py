@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from burnish.serve.admission import Admission
 from burnish.serve.engine_client import EngineClient
+from burnish.serve.feedback import Feedback
 from burnish.serve.jobs import Answer, Job
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -71,8 +72,10 @@ class Metrics:
         self.cut_readers = Counter(
             "burnish_cut_connections", "Connections cut: slow_reader or idle.", ["reason"], registry=registry
         )
+        self.feedback = Feedback()
+        registry.register(self.feedback)  # type: ignore[arg-type]
         registry.register(_EngineReadings(engine, admission))  # type: ignore[arg-type]
-        self._listeners: list[Callable[[Job, Answer, float], None]] = []
+        self._listeners: list[Callable[[Job, Answer, float], None]] = [self.feedback.on_answer]
 
     def listen(self, listener: Callable[[Job, Answer, float], None]) -> None:
         """Have somebody told of every answer that ended: its job, itself, seconds between its first and last token."""

@@ -114,6 +114,14 @@ class DetokenizeReply(BaseModel):
     prompt: str
 
 
+class FeedbackReply(BaseModel):
+    id: str
+    index: int
+    model: str
+    correct: bool
+    counted: bool = Field(description="False where the same was said before.")
+
+
 class Health(BaseModel):
     status: str
     engine: str

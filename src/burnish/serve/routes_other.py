@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from burnish.serve import replies
 from burnish.serve.faults import Fault
 from burnish.serve.metrics import CONTENT_TYPE
-from burnish.serve.schema import DetokenizeRequest, TokenizeRequest
+from burnish.serve.schema import DetokenizeRequest, FeedbackRequest, TokenizeRequest
 from burnish.serve.service import ServedModel, Service
 
 
@@ -67,6 +69,16 @@ def telling(service: Service) -> APIRouter:
             raise Fault(400, "tokens: one is outside the vocabulary", param="tokens")
         skip = bool(request.skip_special_tokens)
         return JSONResponse({"prompt": tokenizer.decode(request.tokens, skip_special_tokens=skip)})
+
+    @router.post(
+        "/v1/feedback", responses={200: {"model": replies.FeedbackReply}}, summary="An answer was right or not."
+    )
+    async def feedback(request: FeedbackRequest) -> Response:
+        if (request.correct is None) == (request.expected is None):
+            raise Fault(400, "feedback needs either correct or expected", param="correct")
+        index = request.index or 0
+        label = service.metrics.feedback.label(request.id, index, correct=request.correct, expected=request.expected)
+        return JSONResponse({"id": request.id, "index": index, **asdict(label)})
 
     @router.get("/health", responses={200: {"model": replies.Health}}, summary="The server runs. No key needed.")
     async def health() -> Response:

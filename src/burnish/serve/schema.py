@@ -121,6 +121,17 @@ class ChatRequest(Sampling):
     response_format: ResponseFormat | None = None
 
 
+class FeedbackRequest(Body):
+    id: Annotated[str, Field(min_length=1, max_length=64)] = Field(description="Of the answer's JSON.")
+    index: Annotated[int, Field(ge=0, lt=limits.MAX_SEQUENCES)] | None = Field(
+        None, description="Of the choice; 0 if not given."
+    )
+    correct: bool | None = Field(None, description="Either this or expected.")
+    expected: Annotated[str, Field(max_length=limits.MAX_EXPECTED_CHARS)] | None = Field(
+        None, description="What the answer should have been; white space does not count."
+    )
+
+
 class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = Field(None, description="Either this or messages.")

@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from burnish.errors import ConfigError, WorkerError
-from burnish.serve.service import Service
+from burnish.serve.running import Running
 
 _SEND_BUFFER_BYTES = 128 << 10
 _BACKLOG = 1024
@@ -75,7 +75,7 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
-def run_server(app: ASGIApp, service: Service, listener: socket.socket, *, on_ready: Callable[[], None]) -> int:
+def run_server(app: ASGIApp, service: Running, listener: socket.socket, *, on_ready: Callable[[], None]) -> int:
     """Serve until a signal ends it; returns the exit code: 0, or 130 where a second signal cut requests off.
 
     The first SIGTERM or SIGINT drains: /ready fails, nobody new is let in, and what runs may end within the grace time.
@@ -114,7 +114,7 @@ def run_server(app: ASGIApp, service: Service, listener: socket.socket, *, on_re
 
 
 class _Runner:
-    def __init__(self, server: uvicorn.Server, service: Service, on_ready: Callable[[], None]) -> None:
+    def __init__(self, server: uvicorn.Server, service: Running, on_ready: Callable[[], None]) -> None:
         self._server = server
         self._service = service
         self._on_ready = on_ready

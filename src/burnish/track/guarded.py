@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from burnish.track.null import NullTracker
 from burnish.track.protocol import Status, Tracker
 
 
@@ -29,9 +30,9 @@ class GuardedTracker:
         self.broken: Exception | None = None
         self._warn = warn or _warn
 
-    def start(self, run: str) -> None:
+    def start(self, run: str, *, resumed: bool = False) -> None:
         """As the tracker's."""
-        self._guard("start", lambda: self.tracker.start(run))
+        self._guard("start", lambda: self.tracker.start(run, resumed=resumed))
 
     def params(self, params: Mapping[str, Any]) -> None:
         """As the tracker's."""
@@ -44,6 +45,20 @@ class GuardedTracker:
     def artifact(self, path: Path) -> None:
         """As the tracker's."""
         self._guard("artifact", lambda: self.tracker.artifact(path))
+
+    def text(self, name: str, text: str) -> None:
+        """As the tracker's."""
+        self._guard("text", lambda: self.tracker.text(name, text))
+
+    def model(self, folder: Path, *, name: str) -> None:
+        """As the tracker's."""
+        self._guard("model", lambda: self.tracker.model(folder, name=name))
+
+    def child(self, name: str) -> Tracker:
+        """The tracker's child, guarded by itself."""
+        made: list[Tracker] = []
+        self._guard("child", lambda: made.append(self.tracker.child(name)))
+        return GuardedTracker(made[0], warn=self._warn) if made else NullTracker()
 
     def finish(self, status: Status) -> None:
         """As the tracker's."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.errors import ConfigError, DataError
-from burnish.track.protocol import Status
+from burnish.track.protocol import Status, Tracker
 
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -28,16 +28,18 @@ class JsonlTracker:
     Args:
         path: the file.
         clock: seconds since the epoch, for the lines' "time".
+        run: what lines call the run; the name that `start` gives when None.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, run: str | None = None) -> None:
         self.path = Path(path)
         self._clock = clock
+        self._called = run
         self._file: BufferedWriter | None = None
         self._run = ""
 
-    def start(self, run: str) -> None:
-        """Open the file and write the first line.
+    def start(self, run: str, *, resumed: bool = False) -> None:
+        """Open the file and write the first line; one that is resumed begins another run here.
 
         Raises:
             ConfigError: the file cannot be opened for appending.
@@ -47,12 +49,12 @@ class JsonlTracker:
             if self._file is not None:
                 self._file.close()
             self._file = self.path.open("ab")
-            if _lacks_newline(self.path):
+            if lacks_newline(self.path):
                 self._file.write(b"\n")  # a crash cut the last line; it stays readable as one bad line
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be written: {error.strerror or error}") from error
-        self._run = run
-        self._write("start", {})
+        self._run = self._called or run
+        self._write("start", {"resumed": True} if resumed else {})
 
     def params(self, params: Mapping[str, Any]) -> None:
         """One line with all of them; values that JSON does not know are written as text."""
@@ -66,6 +68,18 @@ class JsonlTracker:
         """One line with the path."""
         self._write("artifact", {"path": str(path)})
 
+    def text(self, name: str, text: str) -> None:
+        """One line with the whole text."""
+        self._write("text", {"name": name, "text": text})
+
+    def model(self, folder: Path, *, name: str) -> None:
+        """One line with the path."""
+        self._write("model", {"path": str(folder), "name": name})
+
+    def child(self, name: str) -> Tracker:
+        """One that writes into the same file, as the run RUN/NAME."""
+        return JsonlTracker(self.path, clock=self._clock, run=f"{self._run}/{name}")
+
     def finish(self, status: Status) -> None:
         """Write the last line, force it to the disk and close the file."""
         self._write("finish", {"status": status})
@@ -78,7 +92,7 @@ class JsonlTracker:
         if self._file is None:
             raise ConfigError(f"the tracker of {self.path} has no run", remedy="Call start first.")
         record = {"event": event, "run": self._run, "time": round(self._clock(), 3), **fields}
-        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         self._file.write(line.encode("utf-8", "replace") + b"\n")
         self._file.flush()
 
@@ -91,7 +105,7 @@ class TrackedRun:
         name: of the run.
         params: all of them; later ones win.
         metrics: (step, figures) in the order they came.
-        artifacts: paths as they were given.
+        artifacts: paths as they were given, of models as well.
         status: None for a run that never finished.
     """
 
@@ -126,7 +140,7 @@ def read_runs(path: Path) -> list[TrackedRun]:
             run.params.update(record.get("params", {}))
         elif record["event"] == "metrics":
             run.metrics.append((record.get("step"), record.get("metrics", {})))
-        elif record["event"] == "artifact":
+        elif record["event"] in ("artifact", "model"):
             run.artifacts.append(record.get("path", ""))
         elif record["event"] == "finish":
             run.status = record.get("status")
@@ -147,16 +161,16 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             yield _numbers(record)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON values only: mappings and sequences all the way down, numpy's and torch's scalars as numbers."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+        return [plain(item) for item in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
     if value is None or isinstance(value, bool | int | str):
         return value
     if not isinstance(value, float) and hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        return _plain(value.item())
+        return plain(value.item())
     if isinstance(value, float):
         if math.isfinite(value):
             return value
@@ -173,7 +187,7 @@ def _numbers(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _lacks_newline(path: Path) -> bool:
+def lacks_newline(path: Path) -> bool:
     if path.stat().st_size == 0:
         return False
     with path.open("rb") as file:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from burnish.errors import ConfigError
-from burnish.track.guarded import GuardedTracker
+from burnish.track.destination import EXPECTED as MLFLOW_URIS
+from burnish.track.destination import is_mlflow, parse_destination
+from burnish.track.guarded import GuardedTracker, TrackingWarning
 from burnish.track.jsonl import JsonlTracker
+from burnish.track.mlflow_tracker import MlflowTracker
 from burnish.track.null import NullTracker
 from burnish.track.protocol import Tracker
 from burnish.track.wandb_tracker import WandbTracker
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+:", re.IGNORECASE)
-_EXPECTED = "none, a path that ends in .jsonl, jsonl:PATH, or wandb://PROJECT[/RUN]"
+_EXPECTED = "none, a path that ends in .jsonl, jsonl:PATH, wandb://PROJECT[/RUN], or of MLflow " + MLFLOW_URIS
 
 
-def make_tracker(uri: str | None, *, warn: Callable[[str], None] | None = None) -> Tracker:
+def make_tracker(
+    uri: str | None, *, beside: str | Path | None = None, warn: Callable[[str], None] | None = None
+) -> Tracker:
     """The tracker of a URI, guarded so that its failures never reach the run.
 
     Args:
         uri: None, "" or "none" for no tracking; `jsonl:PATH`, `file://PATH` or a path that ends in `.jsonl`;
-            `wandb://PROJECT` or `wandb://PROJECT/RUN`.
+            `wandb://PROJECT` or `wandb://PROJECT/RUN`; for MLflow see `destination.parse_destination`.
+        beside: what the run writes, beside which a tracker keeps what it could not send yet.
         warn: takes the one line that says tracking failed; a Python warning by default.
 
     Raises:
@@ -32,9 +39,17 @@ def make_tracker(uri: str | None, *, warn: Callable[[str], None] | None = None) 
     """
     if uri is None or uri in ("", "none"):
         return NullTracker()
+    if is_mlflow(uri):
+        place = None if beside is None else Path(beside)
+        tracker = MlflowTracker(parse_destination(uri), beside=place, say=warn or _warn)
+        return GuardedTracker(tracker, warn=warn)
     if uri.startswith("wandb:"):
         return GuardedTracker(_wandb_tracker(uri), warn=warn)
     return GuardedTracker(JsonlTracker(_jsonl_path(uri)), warn=warn)
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, TrackingWarning, stacklevel=4)
 
 
 def _wandb_tracker(uri: str) -> WandbTracker:

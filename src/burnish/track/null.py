@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from burnish.track.protocol import Status
+from burnish.track.protocol import Status, Tracker
 
 
 class NullTracker:
     """Does nothing."""
 
-    def start(self, run: str) -> None:
+    def start(self, run: str, *, resumed: bool = False) -> None:
         """Nothing."""
 
     def params(self, params: Mapping[str, Any]) -> None:
@@ -23,6 +23,16 @@ class NullTracker:
 
     def artifact(self, path: Path) -> None:
         """Nothing."""
+
+    def text(self, name: str, text: str) -> None:
+        """Nothing."""
+
+    def model(self, folder: Path, *, name: str) -> None:
+        """Nothing."""
+
+    def child(self, name: str) -> Tracker:
+        """Itself."""
+        return self
 
     def finish(self, status: Status) -> None:
         """Nothing."""

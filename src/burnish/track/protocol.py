@@ -13,8 +13,8 @@ Status = Literal["finished", "failed", "interrupted"]
 class Tracker(Protocol):
     """Receives what a run knows, in this order: start, then anything, then finish."""
 
-    def start(self, run: str) -> None:
-        """A run of this name begins."""
+    def start(self, run: str, *, resumed: bool = False) -> None:
+        """A run of this name begins, or goes on where it stopped."""
         ...
 
     def params(self, params: Mapping[str, Any]) -> None:
@@ -27,6 +27,18 @@ class Tracker(Protocol):
 
     def artifact(self, path: Path) -> None:
         """A file or folder that the run has written."""
+        ...
+
+    def text(self, name: str, text: str) -> None:
+        """A text, to be kept as a file of this name."""
+        ...
+
+    def model(self, folder: Path, *, name: str) -> None:
+        """The folder of a model or an adapter that the run has made."""
+        ...
+
+    def child(self, name: str) -> Tracker:
+        """A tracker for a part of this run, with a start and a finish of its own, while this run lasts."""
         ...
 
     def finish(self, status: Status) -> None:

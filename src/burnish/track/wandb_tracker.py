@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from burnish._optional import require
-from burnish.track.protocol import Status
+from burnish.track.prefixed import PrefixedTracker
+from burnish.track.protocol import Status, Tracker
 
 _NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 _EXIT_CODES: dict[Status, int] = {"finished": 0, "failed": 1, "interrupted": 130}
@@ -36,7 +37,7 @@ class WandbTracker:
         self._wandb: Any = require("wandb", extra="wandb")
         self._active: Any = None
 
-    def start(self, run: str) -> None:
+    def start(self, run: str, *, resumed: bool = False) -> None:
         """Begin the run; nothing of W&B's is written to stdout, and the console is not recorded."""
         wandb = self._wandb
         self._active = wandb.init(
@@ -67,6 +68,23 @@ class WandbTracker:
         else:
             artifact.add_file(str(path))
         self._active.log_artifact(artifact)
+
+    def text(self, name: str, text: str) -> None:
+        """Add a file as an artifact named after it."""
+        artifact = self._wandb.Artifact(_NAME.sub("-", name), type="file")
+        with artifact.new_file(name) as file:
+            file.write(text)
+        self._active.log_artifact(artifact)
+
+    def model(self, folder: Path, *, name: str) -> None:
+        """Add the folder as an artifact of the type "model", with this name."""
+        artifact = self._wandb.Artifact(_NAME.sub("-", name), type="model")
+        artifact.add_dir(str(folder))
+        self._active.log_artifact(artifact)
+
+    def child(self, name: str) -> Tracker:
+        """W&B knows no runs within runs: a part's names begin with its own."""
+        return PrefixedTracker(self, name)
 
     def finish(self, status: Status) -> None:
         """End the run; W&B shows anything but "finished" as failed, and the summary says which it was."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from burnish.train.lion import keep_compiler_out
+
 
 class Adafactor(torch.optim.Optimizer):
     """Adaptive rates without momentum; state of a matrix (R, C) is R + C numbers, float32.
@@ -37,6 +39,7 @@ class Adafactor(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {"lr": lr, "epsilon": epsilon, "decay": decay, "clipping": clipping, "weight_decay": weight_decay}
+        keep_compiler_out(torch.optim.Optimizer)
         super().__init__(groups, defaults)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from burnish.train.lion import local
+from burnish.train.lion import keep_compiler_out, local
 
 
 class AdamW(torch.optim.Optimizer):
@@ -89,11 +89,3 @@ def _update(
         amsgrad=False,
         maximize=False,
     )
-
-
-def keep_compiler_out(kind: type) -> None:
-    """Let the methods that torch hides from its compiler run as they are, where they would first import it."""
-    for method in vars(kind).values():
-        hidden = getattr(method, "__wrapped__", None)
-        if hidden is not None and not hasattr(hidden, "__dynamo_disable"):
-            hidden.__dynamo_disable = hidden

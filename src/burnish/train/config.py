@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from burnish.errors import ConfigError
+from burnish.errors import SettingError
 from burnish.plan.training import TOKENS_AT_ONCE
 from burnish.train.row_order import ORDERINGS, Ordering
 from burnish.train.schedule import SCHEDULES, ScheduleName
@@ -15,6 +16,10 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 METHODS = ("lora", "qlora-4bit", "qlora-8bit", "full")
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "adafactor", "lion")
 SHARDINGS = ("none", "zero1", "zero2", "zero3")
+_COUNTS = ("micro_batch_size", "gradient_accumulation", "micro_batch_tokens", "tokens_per_step", "checkpoint_every",
+           "max_bad_steps", "keep_last", "early_stopping_patience")  # fmt: skip
+_ABOVE_ZERO = ("steps", "epochs", "learning_rate", "max_grad_norm", "max_seconds", "epsilon")
+_FROM_ZERO = ("warmup", "weight_decay", "eval_every", "save_every", "early_stopping_min_delta", "neftune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,11 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        problems = [*self._unknown(), *self._out_of_range(), *self._conflicts()]
+        if problems:
+            raise SettingError.of(problems)
+
+    def _unknown(self) -> Iterator[SettingError]:
         for name, value, allowed in (
             ("method", self.method, METHODS),
             ("schedule", self.schedule, SCHEDULES),
@@ -109,76 +119,52 @@ class TrainConfig:
             ("ordering", self.ordering, ORDERINGS),
         ):
             if value not in allowed:
-                raise ConfigError(f"{name} is not known", got=repr(value), expected=", ".join(allowed))
-        for name, value in (
-            ("micro_batch_size", self.micro_batch_size),
-            ("gradient_accumulation", self.gradient_accumulation),
-            ("micro_batch_tokens", self.micro_batch_tokens),
-            ("checkpoint_every", self.checkpoint_every),
-            ("max_bad_steps", self.max_bad_steps),
-            ("keep_last", self.keep_last),
-            ("early_stopping_patience", self.early_stopping_patience),
+                yield SettingError(f"{{{name}}} is not known", got=repr(value), expected=", ".join(allowed))
+
+    def _out_of_range(self) -> Iterator[SettingError]:
+        for names, holds, expected in (
+            (_COUNTS, lambda value: value >= 1, "at least 1"),
+            (_ABOVE_ZERO, lambda value: 0 < value < math.inf, "more than 0, and finite"),
+            (_FROM_ZERO, lambda value: 0 <= value < math.inf, "0 or more, and finite"),
+            (("min_rate",), lambda value: 0 <= value < 1, "0 up to, not including, 1"),
         ):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is out of range", got=value, expected="at least 1")
-        for name, value in (
-            ("steps", self.steps),
-            ("epochs", self.epochs),
-            ("learning_rate", self.learning_rate),
-            ("max_grad_norm", self.max_grad_norm),
-            ("max_seconds", self.max_seconds),
-        ):
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} is out of range", got=value, expected="more than 0, and finite")
-        for name, value in (
-            ("warmup", self.warmup),
-            ("weight_decay", self.weight_decay),
-            ("eval_every", self.eval_every),
-            ("save_every", self.save_every),
-            ("early_stopping_min_delta", self.early_stopping_min_delta),
-            ("neftune", self.neftune),
-        ):
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"{name} is out of range", got=value, expected="0 or more, and finite")
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    yield SettingError(f"{{{name}}} is out of range", got=value, expected=expected)
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            yield SettingError("{betas} are out of range", got=self.betas, expected="0 up to, not including, 1")
+
+    def _conflicts(self) -> Iterator[SettingError]:
+        leave_out = "Leave one of them out."
         if self.freeze and self.method != "full":
-            raise ConfigError(
-                "freeze is for full fine-tuning",
+            yield SettingError(
+                "{freeze} is for full fine-tuning",
                 got=self.method,
                 remedy="Choose what an adapter is put on by its targets.",
             )
-        if self.tokens_per_step is not None:
-            if self.tokens_per_step < 1:
-                raise ConfigError("tokens_per_step is out of range", got=self.tokens_per_step, expected="at least 1")
-            if self.gradient_accumulation != 1:
-                raise ConfigError(
-                    "both tokens_per_step and gradient_accumulation are given",
-                    remedy="Give one of them: a step has as many micro-batches as its rows need.",
-                )
+        if self.tokens_per_step is not None and self.gradient_accumulation != 1:
+            yield SettingError(
+                "both {tokens_per_step} and {gradient_accumulation} are given",
+                remedy="Give one of them: a step has as many micro-batches as its rows need.",
+            )
         if self.micro_batch_tokens is not None and not self.packing:
-            raise ConfigError("micro_batch_tokens needs packing", remedy="Leave one of the two options out.")
+            yield SettingError("{micro_batch_tokens} needs {packing}", remedy=leave_out)
         if self.steps is not None and self.epochs is not None:
-            raise ConfigError("both steps and epochs are given", remedy="Give one of them.")
-        for name, wanted in (
-            ("keep_best", self.keep_best),
-            ("early_stopping_patience", self.early_stopping_patience is not None),
-        ):
-            if wanted and not self.eval_every:
-                raise ConfigError(f"{name} needs evaluations during the run", remedy="Give eval_every.")
+            yield SettingError("both {steps} and {epochs} are given", remedy="Give one of them.")
+        wanted = {"keep_best": self.keep_best, "early_stopping_patience": self.early_stopping_patience is not None}
+        if any(wanted.values()) and not self.eval_every:
+            names = [f"{{{name}}}" for name, is_wanted in wanted.items() if is_wanted]
+            verb = "needs" if len(names) == 1 else "need"
+            yield SettingError(f"{' and '.join(names)} {verb} evaluations during the run", remedy="Give {eval_every}.")
         if self.early_stopping_min_delta and self.early_stopping_patience is None:
-            raise ConfigError("early_stopping_min_delta needs early_stopping_patience")
-
-        if not 0 <= self.min_rate < 1:
-            raise ConfigError("min_rate is out of range", got=self.min_rate, expected="0 up to, not including, 1")
+            yield SettingError("{early_stopping_min_delta} needs {early_stopping_patience}", remedy="Give both.")
         if self.min_rate and self.schedule == "constant":
-            raise ConfigError("a constant schedule has no min_rate", remedy="Leave it out, or use another schedule.")
-        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError("betas are out of range", got=self.betas, expected="0 up to, not including, 1")
+            yield SettingError("a constant {schedule} has no {min_rate}", remedy=leave_out)
         if self.betas is not None and self.optimizer == "adafactor":
-            raise ConfigError("adafactor has no betas", remedy="Leave them out, or use another optimizer.")
+            yield SettingError("adafactor has no {betas}", remedy="Leave them out, or use another {optimizer}.")
         if self.epsilon is not None and self.optimizer == "lion":
-            raise ConfigError("lion has no epsilon", remedy="Leave it out, or use another optimizer.")
-        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
-            raise ConfigError("epsilon is out of range", got=self.epsilon, expected="more than 0, and finite")
+            yield SettingError("lion has no {epsilon}", remedy="Leave it out, or use another {optimizer}.")
 
     @property
     def rows_per_step(self) -> int:

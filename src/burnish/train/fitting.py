@@ -212,22 +212,21 @@ def choose(
     budget: int,
     peak: Callable[[Setting], int],
     time: Callable[[Setting], float],
-    remedy: str,
+    remedy: Callable[[Setting, int], str],
 ) -> Choice:
     """The fastest setting whose peak is within `budget`, of equally fast ones the smallest.
 
+    Args:
+        remedy: what to do where nothing fits, given the least setting and what it needs.
+
     Raises:
-        CapacityError: none is; says what the least would need.
+        CapacityError: none is.
     """
     known = [(time(one), peak(one), number, one) for number, one in enumerate(candidates)]
     fitting = [entry for entry in known if entry[1] <= budget]
     if not fitting:
         _, needed, _, least = min(known, key=lambda entry: entry[1])
-        raise CapacityError(
-            f"nothing fits into {_mib(budget)}",
-            expected=f"at least {_mib(needed)} ({least})",
-            remedy=remedy,
-        )
+        raise CapacityError(f"nothing fits into {_mib(budget)}", remedy=remedy(least, needed))
     cost_of, needed, _, best = min(fitting)
     return Choice(setting=best, peak_bytes=needed, cost=cost_of, tried=len(known), fitting=len(fitting))
 

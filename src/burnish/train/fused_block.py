@@ -21,6 +21,7 @@ from burnish.kernels.cpu.training import NormKind, TrainingKernels
 from burnish.models.attention import AttentionSpec
 from burnish.models.decoder import Block, RMSNorm
 from burnish.models.rope import RopeTable
+from burnish.train.compiled_attention import score_options
 from burnish.train.linear_group import LinearGroup
 
 
@@ -120,16 +121,6 @@ class AttentionHalf:
     def __call__(self, x_ND: Tensor, residual_ND: Tensor | None, rope: RopeTable | None, rows: Sequences) -> Tensor:
         return _Attention.apply(x_ND, residual_ND, self, rope, rows, *self.parameters)  # type: ignore[return-value]
 
-    @property
-    def scores(self) -> dict[str, Any]:
-        """How scores are made, as the kernels take it."""
-        slopes_H = self.spec.alibi_slopes_H
-        return {
-            "scale": self.spec.scale,
-            "window": self.spec.window,
-            "slopes_H": None if slopes_H is None else slopes_H * self.spec.alibi_scale,
-        }
-
     def heads(self, qkv_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (N, H, E), keys and values (N, K, E) as views of the joined outputs."""
         width = self.head_dim
@@ -209,7 +200,7 @@ class _Attention(torch.autograd.Function):
         q_NHE, k_NKE, v_NKE = half.heads(qkv_NE)
         if rope is not None:
             rows.rotate(rope, q_NHE, k_NKE, inverse=False)
-        attended_NHE, lse_NH = kernels.attention_forward(q_NHE, k_NKE, v_NKE, rows.starts, **half.scores)
+        attended_NHE, lse_NH = kernels.attention_forward(q_NHE, k_NKE, v_NKE, rows.starts, **score_options(half.spec))
         out_NE = half.out.forward(attended_NHE.flatten(1))
         hidden_size = half.out.num_outputs
         base_ND = x_ND if residual_ND is None else residual_ND
@@ -235,7 +226,7 @@ class _Attention(torch.autograd.Function):
         grad_q_NHE, grad_k_NKE, grad_v_NKE = half.heads(grad_qkv_NE)
         kernels.attention_backward(
             grad_attended.view_as(attended_NHE), q_NHE, k_NKE, v_NKE, attended_NHE, lse_NH, rows.starts,
-            **half.scores, grad_q_NHE=grad_q_NHE, grad_k_NKE=grad_k_NKE, grad_v_NKE=grad_v_NKE,
+            **score_options(half.spec), grad_q_NHE=grad_q_NHE, grad_k_NKE=grad_k_NKE, grad_v_NKE=grad_v_NKE,
         )  # fmt: skip
         if rope is not None:
             rows.rotate(rope, grad_q_NHE, grad_k_NKE, inverse=True)

@@ -16,17 +16,18 @@ from burnish.kernels.cpu.training import TrainingKernels
 from burnish.models.attention import Attention
 from burnish.models.decoder import Block, Decoder
 from burnish.models.rope import RopeTable
+from burnish.train.compiled_attention import CompiledCausal
 from burnish.train.fused_block import AttentionHalf, MlpHalf, Norm, Sequences, can_fuse
 from burnish.train.linear_group import LinearGroup, WeightScratch
 from burnish.train.lora import LoraLinear
 from burnish.train.packed_attention import PackedCausal
 
 
-class FusedCausal(PackedCausal):
-    """Attention over one packed micro-batch: what fused blocks share, and torch's way for all others."""
+class FusedCausal(CompiledCausal):
+    """Attention over one packed micro-batch: what fused blocks share, and the kernels alone for all others."""
 
-    def __init__(self, starts: Sequence[int], *, device: torch.device, kernels: TrainingKernels) -> None:
-        super().__init__(starts, device=device)
+    def __init__(self, starts: Sequence[int], *, kernels: TrainingKernels) -> None:
+        super().__init__(starts, kernels=kernels)
         self.rows = Sequences(starts, kernels)
 
 
@@ -41,9 +42,9 @@ class FusedBlocks:
 
     def attention(self, starts: Sequence[int], *, device: torch.device) -> PackedCausal:
         """For one forward of a micro-batch."""
-        if self.kernels is None or not self.num_blocks:
+        if self.kernels is None:
             return PackedCausal(starts, device=device)
-        return FusedCausal(starts, device=device, kernels=self.kernels)
+        return FusedCausal(starts, kernels=self.kernels)
 
     def refresh(self) -> None:
         for group in self.groups:

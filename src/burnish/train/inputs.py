@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from burnish.errors import DataError
 from burnish.train.batches import TrainingExample, count_labels
 from burnish.train.config import TrainConfig
@@ -54,3 +56,10 @@ def total_steps(order: RowOrder, config: TrainConfig) -> int:
         return config.steps
     whole = len(order.lengths) / order.rows_per_step if order.tokens_per_step is None else order.steps_per_epoch()
     return max(1, math.ceil((config.epochs or 1.0) * whole - 1e-9))
+
+
+def total_tokens(order: RowOrder, *, steps: int) -> int:
+    """Tokens of the rows of the first so many steps, as the steps' records count them."""
+    epochs, rest = divmod(steps, order.steps_per_epoch())
+    whole = epochs * int(order.lengths.sum(dtype=np.int64))
+    return whole + sum(int(order.lengths[rows].sum()) for rows in order.epoch(epochs)[:rest])

@@ -31,6 +31,7 @@ class Lion(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ) -> None:
+        keep_compiler_out(torch.optim.Optimizer)
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -68,3 +69,11 @@ class Lion(torch.optim.Optimizer):
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, sharing its memory; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+
+
+def keep_compiler_out(kind: type) -> None:
+    """Let the methods that torch hides from its compiler run as they are, where they would first import it."""
+    for method in vars(kind).values():
+        hidden = getattr(method, "__wrapped__", None)
+        if hidden is not None and not hasattr(hidden, "__dynamo_disable"):
+            hidden.__dynamo_disable = hidden

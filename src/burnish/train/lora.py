@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, SettingError
 from burnish.models.adapter_files import lora_scale
 from burnish.models.linears import get_module, set_module
 from burnish.models.peft_names import fused_groups
@@ -50,17 +50,24 @@ class LoraConfig:
     use_dora: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError("LoRA rank is out of range", got=self.rank, expected="at least 1")
-        if not 0 < self.alpha < math.inf:
-            raise ConfigError("LoRA alpha is out of range", got=self.alpha, expected="above 0")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("LoRA dropout is out of range", got=self.dropout, expected="0 up to, not including, 1")
+        problems = [
+            SettingError(f"LoRA {{{name}}} is out of range", got=getattr(self, name), expected=expected)
+            for name, holds, expected in (
+                ("rank", self.rank >= 1, "at least 1"),
+                ("alpha", 0 < self.alpha < math.inf, "above 0"),
+                ("dropout", 0 <= self.dropout < 1, "0 up to, not including, 1"),
+            )
+            if not holds
+        ]
+        if not self.target_modules:
+            problems.append(
+                SettingError("{target_modules} is empty", expected=f'roles such as "q_proj", or "{ALL_LINEAR}"')
+            )
+        if problems:
+            raise SettingError.of(problems)
         if isinstance(self.target_modules, str):
             if self.target_modules != ALL_LINEAR:
                 object.__setattr__(self, "target_modules", (self.target_modules,))
-        elif not self.target_modules:
-            raise ConfigError("target_modules is empty", expected=f'roles such as "q_proj", or "{ALL_LINEAR}"')
         else:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
 

@@ -1,7 +1,7 @@
 """Causal attention over packed rows with torch's own operators: any family, any device, differentiable.
 
 Rows of like length are laid side by side and attended to as a padded batch, which keeps the number of calls small and
-the padding below the factor between two buckets. `fused_attention.py` has the compiled way.
+the padding below the factor between two buckets. `compiled_attention.py` has the compiled way.
 """
 
 from __future__ import annotations

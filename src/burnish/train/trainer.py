@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, SettingError
 from burnish.models.attention import Attention
 from burnish.train.batches import TrainingExample
 from burnish.train.checkpoints import Checkpoint, CheckpointFolder
@@ -102,9 +102,10 @@ def train(
     if eval_examples is not None:
         check_examples(eval_examples, "evaluation")
     elif config.keep_best or config.early_stopping_patience is not None:
-        raise ConfigError("keep_best and early stopping need evaluation rows")
+        name = "keep_best" if config.keep_best else "early_stopping_patience"
+        raise SettingError(f"{{{name}}} needs rows for evaluation")
     if checkpoints is None and config.save_every:
-        raise ConfigError("save_every needs a folder for checkpoints")
+        raise SettingError("{save_every} needs a folder for checkpoints")
     with contextlib.ExitStack() as stack:
         run = Run(
             model,

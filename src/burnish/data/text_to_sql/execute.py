@@ -23,10 +23,11 @@ Value = str | int | float | bytes | None
 
 @dataclass(frozen=True, kw_only=True)
 class QueryResult:
-    """Rows of a query that ran, or the reason why it did not."""
+    """Rows of a query that ran with the names of their columns, or the reason why it did not."""
 
     rows: list[tuple[Value, ...]] | None = None
     error: str | None = None
+    columns: tuple[str, ...] = ()
 
 
 def _refuses_function(action: int, first: str | None, second: str | None) -> bool:
@@ -74,7 +75,7 @@ def run_query(database: str, sql: str, *, timeout_s: float = 2.0) -> QueryResult
             return QueryResult(error="not a SELECT statement")
         if len(rows) > MAX_ROWS:
             return QueryResult(error=f"more than {MAX_ROWS} rows")
-        return QueryResult(rows=rows)
+        return QueryResult(rows=rows, columns=tuple(str(column[0]) for column in cursor.description))
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError, UnicodeError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         return QueryResult(error="took too long" if text == "interrupted" else text)
