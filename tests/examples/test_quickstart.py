@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,24 +65,14 @@ def test_the_committed_notebook_was_run_from_first_to_last(notebook: Any) -> Non
 @pytest.mark.filterwarnings("ignore")  # of the kernel's own libraries
 def test_the_notebook_executes(notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nbclient import NotebookClient
-    from traitlets.config import Config
 
-    for name in ("IPYTHONDIR", "TMPDIR"):
+    for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "TMPDIR"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel draws into the notebook
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    # Sockets are files there, whose paths may not be long.
-    with tempfile.TemporaryDirectory(prefix="nb-", dir="/tmp") as short:
-        monkeypatch.setenv("JUPYTER_RUNTIME_DIR", short)
-        client = NotebookClient(
-            notebook,
-            timeout=900,
-            startup_timeout=600,
-            config=Config({"KernelManager": {"transport": "ipc"}}),
-            resources={"metadata": {"path": str(tmp_path)}},
-        )
-        client.execute()
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=900, startup_timeout=600, resources=where).execute()
     check(notebook)
     assert not list(tmp_path.glob("burnish-*")), "the notebook leaves its folder behind"
