@@ -40,7 +40,6 @@ TORCH_FREE = [
     "engine/prompts.py",
     "engine/protocol.py",
     "engine/shard_launch.py",
-    "engine/step_pieces.py",
     "engine/request.py",
     "engine/requests.py",
     "engine/rope_lengths.py",
