@@ -154,7 +154,7 @@ def test_adapter_without_weights_names_the_file(cli: Cli, tiny: Path, adapter: P
 def test_folder_that_is_no_adapter_says_what_is_missing(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     generate(cli, tiny, "--adapter", tiny).fails(2, "adapter_config.json")
     generate(cli, tiny, "--adapter", tmp_path / "nowhere").fails(2, "nowhere")
-    cli("merge", tiny, "--out", tmp_path / "out").fails(2, "no adapter")
+    cli("merge", tiny, "--out", tmp_path / "out").fails(2, "not an adapter")
     cli("merge", tmp_path / "nowhere", "--out", tmp_path / "out").fails(2, "nowhere")
 
 

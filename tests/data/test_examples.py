@@ -18,8 +18,8 @@ ROW = Row(
 )
 
 
-def row(answer: str = "SELECT 1", *, instruction: str = "How many?", number: int = 1) -> Row:
-    return Row(instruction=instruction, context="", answer=answer, file="f", number=number)
+def row(answer: str = "SELECT 1", *, instruction: str = "How many?", context: str = "", number: int = 1) -> Row:
+    return Row(instruction=instruction, context=context, answer=answer, file="f", number=number)
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
@@ -59,7 +59,7 @@ def test_end_tokens_of_the_generation_config_count(make_folder: MakeFolder) -> N
 
 def test_long_rows_are_dropped_and_counted(make_folder: MakeFolder) -> None:
     tokenizer = Tokenizer.load(make_folder())
-    rows = [row(number=1), row("SELECT " + "a, " * 100, number=2), row(number=3)]
+    rows = [row(context="t", number=1), row("SELECT " + "a, " * 100, context="t", number=2), row(context="t", number=3)]
     limit = len(make_example(rows[0], tokenizer, TEMPLATES["sql-context"]).tokens)
     made = make_examples(rows, tokenizer, TEMPLATES["sql-context"], max_length=limit)
     assert [example.row.number for example in made.examples] == [1, 3]
@@ -71,7 +71,7 @@ def test_long_rows_are_dropped_and_counted(make_folder: MakeFolder) -> None:
 def test_truncation_cuts_the_start_of_prompts_only(make_folder: MakeFolder) -> None:
     tokenizer = Tokenizer.load(make_folder("byte-fallback"))
     template = TEMPLATES["sql-context"]
-    rows = [row(instruction="long " * 60 + "end", number=1), row("a, " * 100, number=2)]
+    rows = [row(instruction="long " * 60 + "end", context="t", number=1), row("a, " * 100, context="t", number=2)]
     made = make_examples(rows, tokenizer, template, max_length=50, too_long="truncate")
     whole = make_example(rows[0], tokenizer, template)
     (cut,) = made.examples

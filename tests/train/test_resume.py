@@ -313,8 +313,8 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
 def test_what_cannot_be_honoured_is_refused(folder: CheckpointFolder) -> None:
     for options, part in (
         ({"save_every": 2}, "needs a folder"),
-        ({"keep_best": True, "eval_every": 2}, "need evaluation rows"),
-        ({"early_stopping_patience": 2, "eval_every": 2}, "need evaluation rows"),
+        ({"keep_best": True, "eval_every": 2}, "rows for evaluation"),
+        ({"early_stopping_patience": 2, "eval_every": 2}, "rows for evaluation"),
         ({"keep_best": True}, "Give eval_every"),
         ({"early_stopping_patience": 2}, "Give eval_every"),
         ({"early_stopping_min_delta": 0.1}, "early_stopping_patience"),

@@ -93,9 +93,11 @@ class ShardGroup:
                 head[:_HEAD] = _bytes(len(data).to_bytes(_HEAD, "little"))
                 if len(data) <= _INLINE:
                     head[_HEAD : _HEAD + len(data)] = _bytes(data)
-                self._control.broadcast(head, 0).wait()
+                # A rank that hangs before it listens again takes nothing; followers may wait for ever, this may not.
+                limit = datetime.timedelta(seconds=self.timeout_s)
+                self._control.broadcast(head, 0).wait(limit)
                 if len(data) > _INLINE:
-                    self._control.broadcast(_bytes(data), 0).wait()
+                    self._control.broadcast(_bytes(data), 0).wait(limit)
                 return value
             self._control.broadcast(head, 0).wait()
             size = int.from_bytes(bytes(head[:_HEAD].numpy()), "little")
