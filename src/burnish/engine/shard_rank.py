@@ -5,9 +5,7 @@ Shapes: T packed tokens, P tokens of a piece, L positions whose logits are wante
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +27,7 @@ from burnish.engine.step_pieces import cut_step
 from burnish.models.checkpoint import read_config
 from burnish.models.config import ModelConfig
 from burnish.models.decoder import Decoder
+from burnish.models.host_memory import trim_heap
 from burnish.models.loading import config_of, parse_dtype, resolve_model
 from burnish.models.shard_cut import ShardCut, cut_model
 
@@ -122,7 +121,8 @@ class ShardRank:
         with torch.no_grad():
             packed = connect(self.decoder, self.cut, group)
         self._windows = {found.config.window(layer) for layer in range(*self.cut.layers)}
-        _trim()
+        gc.collect()
+        trim_heap()  # what loading no longer needs
         return LoadedSizes(
             bytes_read=loaded.bytes_read,
             bytes_before=loaded.report.bytes_before,
@@ -259,12 +259,3 @@ class ShardRank:
 
     def _upload(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self._group.device)
-
-
-def _trim() -> None:
-    """Hand the memory that loading no longer needs back to the system."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent in musl
-        if trim is not None:
-            trim(0)
