@@ -5,7 +5,7 @@
 
 A round runs the engine on the whole list, then each kind of queue with the same engine and the same list; the figure
 kept is the median over rounds of queue / engine. Submitting is timed apart; the queue's time ends when the last result
-is stored. With --workers, processes share one queue of the first kind, timed from the first result to the last.
+is stored. With --workers, processes share one queue of the first kind, timed from when each has stored one to the last.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import servers
+import sqlalchemy as sql
 
 from burnish.data.bundled import bundled_path
 from burnish.engine.native import NativeEngine
@@ -35,6 +36,7 @@ from burnish.measure.hardware import hardware_record, version_record
 from burnish.scale.opening import QueueAddress, open_publisher, open_store, open_worker
 from burnish.scale.reading import read_results
 from burnish.scale.submit import submit_file
+from burnish.scale.tables import results
 
 BUNDLED = "burnish-sql-base"
 
@@ -84,24 +86,33 @@ def submit(address: QueueAddress, texts: list[str], params: dict[str, Any]) -> t
 
 
 def workers_s(
-    address: QueueAddress, model: str, texts: list[str], params: dict[str, Any], count: int, slots: int
+    address: QueueAddress, flags: argparse.Namespace, texts: list[str], params: dict[str, Any], count: int
 ) -> float:
-    """Answers per second of `count` worker processes, from the first stored result to the last."""
-    submit(address, texts, params)
+    """Answers per second of `count` worker processes of one thread, from when each has stored one to the last."""
+    job, _ = submit(address, texts, params)
     where = ["--store", address.store, *(["--broker", address.broker] if address.broker else [])]
-    options = ["--until-empty", "--concurrency", str(slots), "--threads", "1", "--quiet", "--queue", address.queue]
-    command = [sys.executable, "-m", "burnish", "queue", "work", model, *where, *options]
+    options = ["--until-empty", "--concurrency", str(flags.slots), "--threads", "1", "--quiet"]
+    options += ["--queue", address.queue, "--quantize", flags.quantize, "--dtype", flags.dtype]
+    command = [sys.executable, "-m", "burnish", "queue", "work", flags.model, *where, *options]
     processes = [subprocess.Popen(command) for _ in range(count)]
+    by_worker = sql.select(sql.func.count(), sql.func.count(results.c.worker.distinct())).where(results.c.job_id == job)
+    first: tuple[float, int] | None = None
     with open_store(address) as store:
-        first = None
-        while (left := store.depth(address.queue).unfinished) or first is None:
-            if first is None and left < len(texts):
-                first = (time.perf_counter(), len(texts) - left)
+        while True:
+            done, begun = store.database.read(lambda connection: connection.execute(by_worker).one())
+            now_s = time.perf_counter()
+            if first is None and begun == count:
+                first = (now_s, done)
+            if done == len(texts):
+                break
+            if all(process.poll() is not None for process in processes):
+                raise SystemExit("the workers ended before all was done")
             time.sleep(0.02)
-        seconds = time.perf_counter() - first[0]
     for process in processes:
         process.wait()
-    return (len(texts) - first[1]) / seconds
+    if first is None or first[1] == done:
+        raise SystemExit("not every worker had something to do: give more --prompts")
+    return (done - first[1]) / (now_s - first[0])
 
 
 @contextmanager
@@ -168,7 +179,7 @@ def main() -> int:
             print(f"round {number + 1}: {json.dumps(found)}", flush=True)
         for count in [int(part) for part in flags.workers.split(",")] if flags.workers else []:
             address = next(iter(addresses.values()))
-            processes[str(count)] = workers_s(address, flags.model, texts, params, count, flags.slots)
+            processes[str(count)] = workers_s(address, flags, texts, params, count)
             print(f"{count} workers: {processes[str(count)]:.2f} answers/s", flush=True)
     stats = engine.stats()
     record = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -39,7 +41,7 @@ def test_a_missing_gradio_names_its_extra(
         (["compare", BASE], "Missing argument"),
         (["compare", BASE, "/nowhere/at/all", "--port", "0"], "is no model"),
         (["compare", BASE, BASE, "--port", "70000"], "port is out of range"),
-        (["compare", BASE, BASE, "--concurrency", "0"], "max_running is out of range"),
+        (["compare", BASE, BASE, "--concurrency", "0"], "--concurrency is out of range"),
         (["compare", BASE, BASE, "--api-keys", "/nowhere/keys"], "cannot be read as API keys"),
         (["serve", BASE, "--compare", BASE], "--compare is for the page. Add --ui."),
     ],
@@ -90,6 +92,13 @@ def test_the_page_stands_beside_the_api_and_asks_for_its_keys(tmp_path: Path) ->
                 assert (moved.status_code, moved.headers["location"]) == (307, "/ui/?q=a+b")
                 assert client.get("/ui/").status_code == 401
                 assert client.get("/ui/config").status_code == 401
+                # The guard is before the form for the key, too: a body that is too large is refused before it is sent.
+                plain = http.client.HTTPConnection(urlsplit(root).netloc, timeout=120)
+                plain.putrequest("POST", "/ui/login")
+                plain.putheader("Content-Length", str(1 << 30))
+                plain.endheaders()
+                assert plain.getresponse().status == 413
+                plain.close()
                 assert client.post("/ui/login", data={"key": "a-good-long-key"}).status_code == 303
                 page = client.get("/ui/")
                 assert page.status_code == 200

@@ -57,6 +57,13 @@ def test_plan_counts_the_parameters(cli: Cli, tiny: Path) -> None:
     assert all(stage["peak_bytes"] >= max(stage["components"].values()) for stage in record["stages"])
 
 
+def test_plan_requires_inference_of_all_cards_together(cli: Cli) -> None:
+    words = ("plan", "mistral-7b", "--device", "t4", "--concurrency", 64, "--require")
+    cli(*words, "inference").fails(3, "inference")
+    assert cli(*words, "inference", "--cards", 2).code == 0
+    cli(*words, "lora", "--cards", 2).fails(3, "lora")
+
+
 def test_plan_table_fits_the_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     done = cli("plan", "mistral-7b", "--device", "t4")

@@ -48,6 +48,7 @@ def test_structured_from_the_command_line(cli: Cli, merged: Path, tmp_path: Path
         (["--heads", "0.5"], "have no meaning for sparsegpt"),
         (["--rank", "4"], "--rank without --recover"),
         (["--method", "wanda", "--damping", "0.1"], "wanda has no damping"),
+        (["--method", "magnitude", "--samples", "8"], "magnitude takes no calibration rows"),
         (["--recover", "-1"], "recover is out of range"),
     ],
 )

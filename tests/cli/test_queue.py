@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 from command_line import Cli
 
-from burnish.cli.command_queue import _without_workers
-from burnish.scale.supervising import Supervisor
+from burnish.cli.queue_processes import without_workers
+from burnish.scale.supervising import Supervisor, card_of
 
 
 @pytest.fixture
@@ -78,14 +79,23 @@ def test_same_job_again_adds_nothing_and_another_is_refused(cli: Cli, prompts: P
         (["submit", "p.jsonl", "--max-attempts", "0"], ["max-attempts is out of range"]),
         (["submit", "p.jsonl", "--store", "oracle://a/b"], ["--store names no database"]),
         (["submit", "p.jsonl", "--broker", "http://a"], ["--broker is malformed"]),
-        (["collect", "none"], ["there is no job none"]),
+        (["collect", "none"], ["there is no queue in sqlite:///burnish-queue.db", "--store"]),
+        (["collect", "none", "--wait", "--out", "."], ["--out . is no file"]),
+        (["collect", "none", "--wait", "--out", "p.jsonl"], ["is there already"]),
+        (["collect", "none", "--out", "p.jsonl/x.jsonl"], ["no folder p.jsonl"]),
+        (["collect", "none", "--out", "s3://bucket"], ["--out is malformed"]),
         (["collect", "none", "--wait", "--partial"], ["exclude each other"]),
         (["collect", "none", "--json"], ["cannot both go to stdout"]),
         (["collect", "none", "--format", "csv"], ["no such format"]),
-        (["status", "none"], ["there is no job none"]),
-        (["retry", "none"], ["there is no job none"]),
+        (["status"], ["there is no queue in"]),
+        (["retry", "none"], ["there is no queue in"]),
+        (["dead"], ["there is no queue in"]),
+        (["status", "--store", "p.jsonl"], ["not a database"]),
+        (["status", "--store", "."], ["unable to open database file"]),
+        (["status", "--store", "sqlite:///:memory:"], ["--store names no database"]),
         (["retry", "none", "--state", "done"], ["--state is out of range"]),
         (["work", "nowhere", "--lease", "1"], ["lease is out of range"]),
+        (["work", "nowhere", "--lease", "30", "--broker", "amqp://a"], ["--lease does not go with --broker"]),
         (["work", "nowhere", "--concurrency", "0"], ["concurrency is out of range"]),
         (["work", "nowhere", "--workers", "2", "--json"], ["--json tells of one worker"]),
     ],
@@ -93,6 +103,12 @@ def test_same_job_again_adds_nothing_and_another_is_refused(cli: Cli, prompts: P
 def test_wrong_use_is_one_line(cli: Cli, words: list[str], parts: list[str], tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     cli("queue", *words).fails(2, *parts)
+
+
+def test_job_that_is_not_there_is_named(cli: Cli, prompts: Path) -> None:
+    cli("queue", "submit", prompts)
+    for command, name in itertools.product(("collect", "status", "retry", "dead"), ("none", "nürgends")):
+        cli("queue", command, name).fails(2, f"there is no job {name}")
 
 
 def test_malformed_line_stores_nothing(cli: Cli, tmp_path: Path) -> None:
@@ -193,7 +209,41 @@ def test_supervisor_starts_again_what_died_and_stops_when_all_are_done(tmp_path:
         os.chdir(before)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system has to tell it")
+def test_workers_are_drained_when_their_supervisor_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "burnish").mkdir()
+    (tmp_path / "burnish" / "__init__.py").touch()
+    (tmp_path / "burnish" / "__main__.py").write_text(
+        "import os, signal\n"
+        "def drain(*_):\n"
+        "    os.write(1, b'drained ' + os.environ['OWN'].encode())\n"
+        "    os._exit(0)\n"
+        "signal.signal(signal.SIGTERM, drain)\n"
+        "os.write(1, b'ready\\n')\n"
+        "while True:\n"
+        "    signal.pause()\n"
+    )
+    program = (
+        "import sys\n"
+        "sys.path.pop(0)\n"  # the package, and not the one above
+        "from burnish.scale.supervising import Supervisor\n"
+        "Supervisor(command=[], count=1, own=lambda number: {'OWN': f'as {number}'}).run()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE) as supervisor:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline() == b"ready\n"
+        supervisor.kill()
+        assert supervisor.stdout.read() == b"drained as 0"
+
+
+def test_each_worker_has_cards_of_its_own() -> None:
+    assert card_of(2, visible=None) == {"CUDA_VISIBLE_DEVICES": "2"}
+    assert card_of(1, visible=None, each=2) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert card_of(1, visible="4,GPU-a,6") == {"CUDA_VISIBLE_DEVICES": "GPU-a"}
+    assert card_of(1, visible="4") == {"CUDA_VISIBLE_DEVICES": ""}  # the worker then says that it has none
+
+
 def test_worker_of_a_supervisor_gets_the_same_words() -> None:
     words = ["queue", "work", "m", "--workers", "3", "--queue", "q"]
-    assert _without_workers(words) == ["queue", "work", "m", "--queue", "q", "--workers", "1"]
-    assert _without_workers(["work", "--workers=3"]) == ["work", "--workers", "1"]
+    assert without_workers(words) == ["queue", "work", "m", "--queue", "q", "--workers", "1"]
+    assert without_workers(["work", "--workers=3"]) == ["work", "--workers", "1"]

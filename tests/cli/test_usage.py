@@ -111,6 +111,8 @@ def test_tune_refuses_values_out_of_range(
         (["--group-size", "0"], "group_size"),
         (["--group-size", "-2"], "group_size"),
         (["--damping", "-1"], "damping"),
+        (["--method", "rtn", "--damping", "0.1"], "rtn has no damping"),
+        (["--method", "w8a8", "--samples", "8"], "w8a8 takes no calibration rows"),
         (["--samples", "0"], "samples"),
         (["--min-agreement", "2"], "agreement"),
         (["--max-kl", "-1"], "kl"),

@@ -94,3 +94,12 @@ def test_damaged_weights_are_refused_by_layer(options: dict[str, Any]) -> None:
 def test_calibration_is_needed(method: str) -> None:
     with pytest.raises(ConfigError, match=f"{method} needs calibration text"):
         quantize_model(make_family("llama"), None, QuantizeConfig(method=method))
+
+
+@pytest.mark.parametrize("method", ["awq", "awq-gptq"])
+def test_activations_that_overflow_are_refused_by_layer(method: str) -> None:
+    decoder = make_family("llama-biases")
+    with torch.no_grad():
+        decoder.get_parameter("model.layers.1.input_layernorm.weight").fill_(3e38)
+    with pytest.raises(CompressionError, match=r"activations of model\.layers\.1\.\S+ are NaN or infinite"):
+        quantize_model(decoder, family_examples(), QuantizeConfig(method=method, bits=4, group_size=16))

@@ -225,6 +225,9 @@ def test_config_that_was_not_used_is_refused(
         ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size 0"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format that cannot be read"),
         ({"quant_method": "gptq", "dynamic": {"+:model": {"bits": 7}}}, "got bits 7"),
+        ({"quant_method": "gptq", "dynamic": {"+:model": None}}, "says nothing of"),
+        ({"quant_method": "gptq", "dynamic": {"+:model[": {}}}, "pattern that cannot be read"),
+        ({"quant_method": "gptq", "dynamic": ["model"]}, "dynamic that is no object"),
     ],
 )
 def test_quantization_config_that_cannot_be_read_is_refused(record: dict[str, Any], message: str) -> None:

@@ -14,8 +14,9 @@ from burnish.compress import sparsegpt
 from burnish.compress.calibration import block_linears
 from burnish.compress.config import QuantizeConfig
 from burnish.compress.prune_config import PruneConfig, parse_sparsity
-from burnish.compress.pruning import prune_model, relative_error
+from burnish.compress.pruning import prune_model
 from burnish.compress.quantize import quantize_model
+from burnish.compress.relative_error import relative_error
 from burnish.compress.wanda import wanda_mask
 from burnish.errors import CompressionError, ConfigError
 from burnish.models.decoder import Decoder

@@ -163,6 +163,16 @@ def test_long_prompts_pass_the_stages_in_pieces(small: Path, groups: Groups) -> 
     assert ids(run(small, given, shards=groups(1, 2), **options)[0]) == ids(alone)
 
 
+def test_a_stage_of_windowed_blocks_keeps_what_the_others_need(tiny_model: Any, groups: Groups) -> None:
+    folder = tiny_model("gemma3").folder
+    given = prompts(12, lengths=(70, 61, 8))
+    options: dict[str, Any] = {"max_model_len": 96, "max_batch_tokens": 16}
+    alone, one = run(folder, given, **options)
+    together, two = run(folder, given, shards=groups(1, 2), **options)
+    assert ids(together) == ids(alone)
+    assert two.kv_blocks == one.kv_blocks
+
+
 @pytest.mark.parametrize("ways", PAIRS)
 def test_without_a_cache_and_with_small_ones(small: Path, ways: tuple[int, int], groups: Groups) -> None:
     given = prompts(7)

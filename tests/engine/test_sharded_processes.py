@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import psutil
 import pytest
 import torch
 
+from burnish.engine import shard_group
 from burnish.engine.native import NativeEngine
 from burnish.engine.sampling import SamplingParams
 from burnish.engine.shard_backend import ShardBackend, uninterrupted
-from burnish.engine.shard_group import timeout_from_environment
+from burnish.engine.shard_group import join, listen, timeout_from_environment
 from burnish.engine.shard_launch import check_world, launched_rank, threads_of_each
+from burnish.engine.shard_rank import ShardRank
 from burnish.engine.shard_setup import open_group
 from burnish.errors import BurnishError, CheckpointError, ConfigError, WorkerError
 from burnish.models.config import ModelConfig
@@ -92,6 +95,61 @@ def test_a_rank_that_hangs_is_lost_after_the_time_allowed(folder: Path, monkeypa
     with pytest.raises(WorkerError, match="lost the other processes: one gave no sign for 15 s"):
         answer(engine)
     assert all_gone(processes)
+
+
+def test_a_rank_that_hangs_while_it_is_to_answer_is_lost_too(folder: Path) -> None:
+    engine = make(folder, pipeline_parallel=2)
+    processes = followers_of(engine)
+    processes[0].suspend()
+    backend = engine.runner.backend
+    assert isinstance(backend, ShardBackend)
+    backend._group.timeout_s = 3.0
+    with pytest.raises(WorkerError, match=r"one gave no sign for 3 s\. Raise BURNISH_SHARD_TIMEOUT"):
+        engine.rank_memory()
+    assert all_gone(processes)
+
+
+def test_a_rank_that_works_long_on_its_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_group, "_SIGN_S", 0.01)
+    store, address = listen(timeout_s=LONG_S)
+    seen = threading.Event()
+
+    def follow() -> None:
+        group = join(rank=1, tensor_parallel=2, pipeline_parallel=1, address=address, timeout_s=LONG_S)
+        with group.at_work():
+            assert seen.wait(LONG_S)
+        group.gather("done")
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    group = join(rank=0, tensor_parallel=2, pipeline_parallel=1, address=address, timeout_s=LONG_S, store=store)
+    sign = torch.zeros(1, dtype=torch.int64)
+    for _ in range(2):
+        group._control.recv([sign.zero_()], 1, 0).wait()
+        assert int(sign) == shard_group._AT_WORK
+    seen.set()
+    assert group.gather("own") == ["own", "done"]
+    follower.join(LONG_S)
+    assert not follower.is_alive()
+
+
+def test_an_interrupted_load_ends_the_other_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, started = psutil.Process().children(), []
+
+    def interrupted(rank: ShardRank, options: object) -> None:
+        started.extend(one for one in psutil.Process().children() if one not in known)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(ShardRank, "load", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            make(folder, tensor_parallel=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert started
+    assert all_gone(started)
 
 
 def test_an_engine_that_is_closed_or_forgotten_leaves_no_process(folder: Path) -> None:
@@ -168,6 +226,7 @@ def test_what_cannot_be_done_together_is_refused_before_processes_start(folder: 
         (ConfigError, "a decoder in memory cannot be cut", lambda: make(decoder, tensor_parallel=2)),  # type: ignore[arg-type]
         (ConfigError, "the cpu backend cannot run in several", lambda: make(folder, tensor_parallel=2, backend="cpu")),
         (ConfigError, "adapters are not served", lambda: make(folder, tensor_parallel=2, adapters={"a": tmp_path})),
+        (ConfigError, "is always laid out", lambda: make(folder, tensor_parallel=2, optimise=False)),
         (ConfigError, "expected one of 1, 2, 3, 4", lambda: make(folder, tensor_parallel=5)),
         (ConfigError, "more pipeline stages than layers", lambda: make(folder, pipeline_parallel=3)),
         (ConfigError, "tensor_parallel is out of range", lambda: make(folder, tensor_parallel=0)),
@@ -192,6 +251,8 @@ def test_a_refusal_of_every_rank_leaves_the_group_for_another_model(folder: Path
         broken.write_bytes((folder / "model.safetensors").read_bytes()[:-8])
         with pytest.raises(CheckpointError, match="truncated"):
             make(tmp_path, shards=group)
+        with pytest.raises(ConfigError, match="computes elsewhere; got cuda; expected cpu"):
+            make(folder, shards=group, device="cuda")
         with pytest.raises(ConfigError, match="kv_memory is too small"):
             make(folder, shards=group, kv_memory=8)
         engine = make(folder, shards=group)

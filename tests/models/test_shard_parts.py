@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from burnish.compress.int8_linear import Int8Linear, quantize_rows
 from burnish.compress.loading import load_model
 from burnish.compress.shard_loading import load_part, survey
 from burnish.errors import CheckpointError, ConfigError
@@ -66,3 +68,41 @@ def test_damaged_folders_are_refused_as_one_process_does(tiny_model: object, tmp
             load(**changes)
     with pytest.raises(ConfigError, match="quantize is not known"):
         survey(tmp_path, dtype=torch.float32, quantize="int5")
+
+
+def test_a_tensor_of_another_shape_is_refused_while_rounding_too(tiny_model: object, tmp_path: Path) -> None:
+    source: Path = tiny_model("llama").folder  # type: ignore[operator]
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:1].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    for quantize in ("none", "int8"):
+        found = survey(tmp_path, dtype=torch.float32, quantize=quantize)
+        cut = cut_model(found.config, tensor_parallel=2, pipeline_parallel=1)[0]
+        with pytest.raises(CheckpointError, match=r"model\.norm\.weight has the wrong shape"):
+            load_part(found, cut, device=torch.device("cpu"), agree=nothing)
+
+
+def test_rows_of_zeros_and_of_one_value_are_rounded_as_in_one_process(tiny_model: object, tmp_path: Path) -> None:
+    source: Path = tiny_model("llama").folder  # type: ignore[operator]
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    tensors[f"{name}.weight"][0] = 0.0
+    tensors[f"{name}.weight"][1] = -0.25
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    found = survey(tmp_path, dtype=torch.float32, quantize="int8")
+    weight_OI = tensors[f"{name}.weight"].float()
+    ints_OI, scale_O = torch.empty(weight_OI.shape, dtype=torch.int8), torch.empty(weight_OI.shape[0])
+    quantize_rows(weight_OI, ints_OI, scale_O)
+    for cut in cut_model(found.config, tensor_parallel=2, pipeline_parallel=1):
+        begin, end = cut.inner
+
+        def agree(peak_O: torch.Tensor, begin: int = begin, end: int = end) -> None:
+            if len(peak_O) == len(weight_OI) and torch.equal(peak_O, weight_OI[:, begin:end].abs().amax(dim=1)):
+                peak_O.copy_(weight_OI.abs().amax(dim=1))
+
+        layer = load_part(found, cut, device=torch.device("cpu"), agree=agree).decoder.get_submodule(name)
+        assert isinstance(layer, Int8Linear)
+        assert torch.equal(layer.weight, ints_OI[:, begin:end])
+        assert torch.equal(layer.weight_scale, scale_O)

@@ -10,6 +10,7 @@ import pytest
 
 from burnish.data.bundled import bundled_path
 from burnish.errors import CheckpointError
+from burnish.pipeline import comparing
 from burnish.pipeline.comparing import distinct_names, open_compared, threads_each, weights_digest
 from burnish.pipeline.manifest import fingerprint_folder
 from burnish.pipeline.serving import ServedEngine
@@ -89,5 +90,5 @@ def test_what_is_not_there_is_an_error() -> None:
 
 
 def test_engines_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(comparing, "usable_cores", lambda: 8)
     assert [threads_each(engines) for engines in (1, 2, 3, 20)] == [8, 4, 2, 1]

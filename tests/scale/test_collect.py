@@ -172,3 +172,19 @@ class TestS3:
     def test_missing_bucket_is_told(self, store: JobStore, job: str, client: Any) -> None:
         with pytest.raises(BurnishError, match="cannot be written to"):
             collect(store, job, out="s3://nobody/has-this", form="jsonl")
+
+    def test_wrong_endpoint_and_missing_credentials_are_told(
+        self, store: JobStore, job: str, client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+        with pytest.raises(BurnishError, match="s3://b/k cannot be written to; got Invalid endpoint"):
+            collect(store, job, out="s3://b/k", form="jsonl")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", client.meta.endpoint_url)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it remembers credentials
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        with pytest.raises(BurnishError, match="credentials"):
+            collect(store, job, out="s3://b/k", form="jsonl")

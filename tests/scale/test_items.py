@@ -52,6 +52,9 @@ def test_text_lines_are_prompts_and_become_messages_when_asked(tmp_path: Path) -
         ('{"prompt": "a", "params": [1]}', "malformed params"),
         ('{"prompt": "a", "id": true}', "malformed id"),
         ('{"prompt": "a", "priority": "urgent"}', "no such priority"),
+        ('{"prompt": "a", "id": ' + "1" * 5000 + "}", "line 2"),  # more digits than Python reads
+        ('{"prompt": "a \\ud83d b"}', "half of a surrogate pair"),
+        ('{"prompt": "a", "id": "a\\u0000"}', "malformed id"),
     ],
 )
 def test_malformed_line_is_named(tmp_path: Path, line: str, part: str) -> None:
@@ -92,6 +95,20 @@ def test_digest_tells_files_and_params_apart(tmp_path: Path) -> None:
     }
     assert len(digests) == 4
     assert digest_of(read_items(file, name="x.jsonl"), {})[0] == 2
+
+
+def test_params_that_do_not_go_with_the_jobs_name_their_item(tmp_path: Path) -> None:
+    rows = ["a", {"prompt": "b", "params": {"json_schema": {}}}]
+    file = write_prompts(tmp_path / "p.jsonl", rows)
+    assert digest_of(read_items(file, name="p.jsonl"), {})[0] == 2
+    with pytest.raises(DataError, match="item 1: json_schema and ignore_eos exclude each other"):
+        digest_of(read_items(file, name="p.jsonl"), {"ignore_eos": True})
+
+
+def test_whole_pairs_of_surrogates_are_characters(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "\\ud83d\\udca1"}\n')
+    assert [item.prompt for item in read_items(file, name="p.jsonl")] == ["\N{ELECTRIC LIGHT BULB}"]
 
 
 def test_ranks_are_in_order() -> None:

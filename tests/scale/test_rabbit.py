@@ -14,6 +14,7 @@ from burnish.errors import BurnishError, ConfigError
 from burnish.scale import rabbit
 from burnish.scale.items import Key
 from burnish.scale.opening import QueueAddress, open_publisher
+from burnish.scale.rabbit_consumer import RabbitConsumer
 from burnish.scale.reading import read_results
 from burnish.scale.store import JobStore
 from burnish.scale.submit import retry
@@ -115,10 +116,41 @@ def test_queue_that_vanished_is_made_again_and_nothing_confirmed_is_lost(
     assert publisher.depths()["normal"] == 2
 
 
-@pytest.mark.parametrize("url", ["http://host/", "amqp://", "rabbit"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://host/", "amqp://", "rabbit", "amqp://host:port/", "amqp://host:99999", "amqp://[::bad/", "amqp://a b/"],
+)
 def test_malformed_broker_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="--broker is malformed"):
         QueueAddress(broker=url)
+
+
+def test_looking_makes_no_queues(address: QueueAddress) -> None:
+    for _ in range(2):
+        with open_publisher(address, patience_s=300.0, makes=False) as looking:
+            assert looking.depths() == {"high": 0, "normal": 0, "low": 0, "dead": 0}
+            connection = looking._connection
+            assert looking._thread.run(rabbit.depth(connection, rabbit.dead_name(address.queue))) is None
+
+
+def test_consumer_that_fails_for_a_reason_of_its_own_tells_it(
+    address: QueueAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any, **__: Any) -> Any:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(rabbit, "declare", broken)
+    assert address.broker is not None
+    with pytest.raises(BurnishError, match="no such thing"):
+        RabbitConsumer(address.broker, queue=address.queue, prefetch=1, worker="w", patience_s=300.0)
+
+
+def test_host_that_cannot_be_asked_for_is_told() -> None:
+    with (
+        pytest.raises(ConfigError, match="--broker is malformed"),
+        open_publisher(QueueAddress(broker=f"amqp://{'a' * 70}.b/"), patience_s=300.0),
+    ):
+        pass
 
 
 def test_broker_that_is_not_there_or_refuses_is_told(rabbitmq: Any) -> None:
@@ -134,3 +166,8 @@ def test_broker_that_is_not_there_or_refuses_is_told(rabbitmq: Any) -> None:
     ):
         pass
     assert "secret" not in caught.value.message
+    with (
+        pytest.raises(BurnishError, match="Is there such a virtual host"),
+        open_publisher(QueueAddress(broker=f"{rabbitmq.url}nothere"), patience_s=0.3),
+    ):
+        pass

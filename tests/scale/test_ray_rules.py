@@ -155,3 +155,17 @@ def test_a_node_has_room_only_if_it_alone_has_all_of_it(cluster_elsewhere: objec
     for text, device, fits in (("cpus=8", "cpu", True), ("cpus=9", "cpu", False), ("cpus=8", "cuda", True)):
         resources = parse_resources(text, device=device, threads=None)
         assert cluster_elsewhere.has_node_for(resources) is fits  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_address_that_nobody_listens_at_is_told_at_once(scheme: str) -> None:
+    import socket
+
+    from burnish.errors import WorkerError
+    from burnish.scale.ray_session import _join
+
+    with socket.socket() as probe:  # bound and not listening: nobody else gets the port, and nobody answers
+        probe.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(WorkerError, match=r"cannot be joined; got .*refused\. Is it running"):
+            _join(None, address)

@@ -8,14 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from queue_fakes import submit
+import sqlalchemy as sql
+from queue_fakes import submit, write_prompts
 
-from burnish.errors import BurnishError, ConfigError
-from burnish.scale.database import Database, parse_url
+from burnish.errors import BurnishError, ConfigError, DataError
+from burnish.scale.database import Database, _may_pass, parse_url
 from burnish.scale.items import Key
-from burnish.scale.leases import LeasingConsumer
+from burnish.scale.leases import LeasingConsumer, NoPublisher
 from burnish.scale.reading import read_keys, read_results
-from burnish.scale.store import JobStore, Outcome
+from burnish.scale.store import Job, JobStore, Outcome
+from burnish.scale.submit import submit_file
 from burnish.scale.tables import DEAD, DONE, ERROR, PENDING
 from burnish.scale.worker_book import read_notes, write_note
 
@@ -89,7 +91,7 @@ def test_submitting_again_adds_what_is_missing(any_store: JobStore, tmp_path: Pa
 
     rows = [f"p{number}" for number in range(5)]
     publisher = Failing()
-    with pytest.raises(BurnishError):
+    with pytest.raises(BurnishError, match=r"the broker went away\. Job again is there in part: .* --job again"):
         submit(any_store, tmp_path, rows, publisher=publisher, job_id="again")
     assert any_store.depth("default").unpublished == 5
     submit(any_store, tmp_path, rows, publisher=publisher, job_id="again")
@@ -97,6 +99,8 @@ def test_submitting_again_adds_what_is_missing(any_store: JobStore, tmp_path: Pa
     assert (any_store.depth("default").pending, any_store.depth("default").unpublished) == (5, 0)
     with pytest.raises(ConfigError, match="there is a job again already"):
         submit(any_store, tmp_path, ["other"], job_id="again")
+    with pytest.raises(ConfigError, match="there is a job again already"):
+        submit(any_store, tmp_path, rows, job_id="again", max_attempts=9)
 
 
 def test_names_differ_by_case_and_results_by_job(any_store: JobStore, tmp_path: Path) -> None:
@@ -200,10 +204,76 @@ def test_worker_notes_are_renewed_and_shown(any_store: JobStore) -> None:
     assert read_notes(any_store.database, queue="other") == []
 
 
-@pytest.mark.parametrize("text", ["", "folder/", "oracle://host/db", "mysql://host", "sqlite://", "mysql://[::bad/x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "folder/",
+        "oracle://host/db",
+        "mysql://host",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "mysql://h:99999/x",
+        "mysql://[::bad/x",
+    ],
+)
 def test_store_that_cannot_be_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--store"):
         parse_url(text)
+
+
+def test_file_that_changes_while_it_is_read_is_told(store: JobStore, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", ["a", "b"])
+    adding = store.add_job
+
+    def add_job(job: Job) -> Job:
+        write_prompts(file, ["a", "b", "c"])
+        return adding(job)
+
+    store.add_job = add_job  # type: ignore[method-assign]
+    with pytest.raises(DataError, match=r"p\.jsonl changed while it was read; got 3 prompts; expected 2"):
+        submit_file(store, NoPublisher(), file, source="p.jsonl", queue="default", params={}, job_id="changed")
+    assert not store.job("changed").complete
+
+
+@pytest.mark.parametrize("kind", ["mysql", "postgresql"])
+def test_options_of_the_url_go_before_ours_and_unknown_ones_are_told(kind: str) -> None:
+    pytest.importorskip({"mysql": "pymysql", "postgresql": "psycopg"}[kind])
+    database = Database(f"{kind}://me:secret@127.0.0.1:1/x?no_such_option=1", patience_s=30.0)
+    with pytest.raises(ConfigError, match="no_such_option") as caught:
+        database.open()
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize("option", ["no_such_option=1", "timeout=abc"])
+def test_option_that_sqlite_would_ignore_is_refused(option: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="it has an option that is not usable"):
+        Database(f"sqlite:///{tmp_path / 'q.db'}?{option}", patience_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [
+        ('connection to server on socket "/run/.s.PGSQL.5432" failed: No such file or directory', True),
+        ("failed to resolve host 'db': Name or service not known", True),
+        ('FATAL: database "x" does not exist', False),
+        ('FATAL: password authentication failed for user "x"', False),
+    ],
+)
+def test_server_that_starts_again_is_waited_for_and_a_wrong_name_is_not(said: str, passes: bool) -> None:
+    psycopg = pytest.importorskip("psycopg")
+    error = sql.exc.OperationalError("connect", None, psycopg.OperationalError(said))
+    assert _may_pass(error, "postgresql") is passes
+
+
+def test_empty_table_is_looked_at_ever_more_rarely(store: JobStore, tmp_path: Path) -> None:
+    consumer = LeasingConsumer(store.database, queue="default", worker="w", lease_s=60)
+    for _ in range(8):
+        assert consumer.take(1, timeout_s=0) == []
+    assert consumer._pause_s == 0.5
+    submit(store, tmp_path, ["a"])
+    assert len(consumer.take(1, timeout_s=60.0)) == 1
+    assert consumer._pause_s == 0.0
 
 
 def test_passwords_are_not_shown(tmp_path: Path) -> None:

@@ -86,6 +86,23 @@ def test_engine_that_always_fails_ends_the_worker_and_gives_items_back(
     assert depth.pending > 20
 
 
+@pytest.mark.parametrize("at", ["step", "submit"])
+def test_engine_that_lost_a_process_ends_the_worker_and_blames_no_item(
+    store: JobStore, address: QueueAddress, tmp_path: Path, at: str
+) -> None:
+    def fail(*_: object) -> int:
+        raise WorkerError("rank 1 was killed")
+
+    job = submit(store, tmp_path, [f"p{number}" for number in range(10)])
+    engine = TurningEngine(on_step=fail if at == "step" else lambda: None)  # type: ignore[arg-type]
+    if at == "submit":
+        engine.submit = fail  # type: ignore[method-assign]
+    with pytest.raises(WorkerError, match="rank 1 was killed"):
+        work(address, engine)
+    assert store.counts([job])[job].states[PENDING] == 10
+    assert work(address, TurningEngine()).done == 10
+
+
 def test_drain_finishes_what_is_begun_and_gives_back_the_rest(
     store: JobStore, address: QueueAddress, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.engine.native import NativeEngine
-from burnish.errors import CheckpointError
+from burnish.errors import CapacityError, CheckpointError
 
 BASE = "burnish-sql-base"
 
@@ -52,6 +52,13 @@ def always_dying() -> NativeEngine:
 
 def missing() -> NativeEngine:
     raise CheckpointError("there is no such model")
+
+
+def refused_while(mark: str) -> NativeEngine:
+    """It cannot be made as long as the mark is there."""
+    if Path(mark).exists():
+        raise CapacityError("it does not fit now")
+    return plain()
 
 
 def _with_forward(changed: Any) -> NativeEngine:

@@ -106,3 +106,30 @@ def test_an_engine_that_cannot_be_made_says_why() -> None:
 
     asyncio.run(run())
     assert service.engine.restarts == 0
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_an_engine_that_was_there_is_tried_again_where_it_cannot_be_made(comes_back: bool, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    said: list[str] = []
+    make = functools.partial(faulty_engines.refused_while, str(mark))
+    service = service_over(make, said, max_restarts=5 if comes_back else 1)
+
+    async def run() -> None:
+        async with opened(service) as client:
+            expected = await answers(client)
+            mark.touch()
+            assert service.engine.pid is not None
+            os.kill(service.engine.pid, signal.SIGKILL)
+            if not comes_back:
+                error = await asyncio.wait_for(service.engine.broken(), 120)
+                assert isinstance(error, WorkerError)
+                assert "could not be made again (it does not fit now) 2 times" in error.message
+                return
+            await until(lambda: any("made again" in line for line in said), seconds=120)
+            assert (await client.get("/health")).status_code == 200
+            mark.unlink()
+            await asyncio.wait_for(service.engine.settled(), 120)
+            assert await answers(client) == expected
+
+    asyncio.run(run())

@@ -130,3 +130,10 @@ def test_examples_and_tables_follow_the_prompt() -> None:
     assert "sample database" in tables_html(asked)
     assert "are empty" in tables_html(Asked(question="x", context="CREATE TABLE a (b INTEGER)"))
     assert "not run" in tables_html(Asked(question="x"))
+
+
+def test_rows_are_not_marked_where_the_first_shows_only_some_of_its_own() -> None:
+    first = Rows(columns=("n",), rows=(("1",), ("2",)), total=60, digest="x")
+    second = Rows(columns=("n",), rows=(("1",), ("3",)), total=2, digest="y")
+    states = [done("SELECT a, b", first), done("SELECT a", second)]
+    assert "bn-new" not in columns_html(models("base", "tuned"), states)

@@ -157,3 +157,4 @@ def test_the_document_declares_what_is_answered(server: ServingProcess) -> None:
     assert set(operation["responses"]) == {"200", "400", "404", "408", "413", "429", "503"}
     assert document["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"] == [BASE]
     assert document["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False
+    assert operation["responses"]["200"]["content"]["text/event-stream"] == {}

@@ -78,6 +78,12 @@ def test_uri_at_fault_is_refused_before_the_run(uri: str, words: str) -> None:
         make_tracker(uri)
 
 
+@pytest.mark.parametrize("uri", ["wandb://project", "ftp://host", "t.jsonl", ""])
+def test_replay_goes_to_mlflow_alone(uri: str) -> None:
+    with pytest.raises(ConfigError, match="names no MLflow"):
+        parse_destination(uri)
+
+
 def test_missing_package_is_known_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"burnish\[track\]"):

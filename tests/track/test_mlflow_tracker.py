@@ -125,6 +125,26 @@ def test_machine_is_read() -> None:
     assert {"system/cpu_utilization_percentage", "system/process_cpu_percentage"} <= figures.keys()
 
 
+def test_machine_that_cannot_be_read_ends_the_readings_alone(
+    nowhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(reader: SystemReader) -> dict[str, float]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SystemReader, "read", fail)
+    said: list[str] = []
+    tracker = make_tracker(nowhere.replace("system=0", "system=0.01"), beside=tmp_path / "out", warn=said.append)
+    tracker.start("run")
+    tracker.tracker._watch.join(300)  # type: ignore[attr-defined]
+    tracker.metrics({"loss": 1.0}, step=1)
+    tracker.finish("finished")
+    assert "the machine is read no longer" in said[0]
+    assert "No space left" in said[0]
+    (spool,) = find_spools(tmp_path / "out")
+    (run,) = (run for run in read_runs(spool / EVENTS_NAME) if run.name)
+    assert (run.series("loss"), run.status) == ([(1, 1.0)], "finished")
+
+
 def test_nothing_to_replay_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to replay"):
         replay(tmp_path / "none")

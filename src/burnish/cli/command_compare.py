@@ -12,6 +12,7 @@ import typer
 
 from burnish.cli import options
 from burnish.cli.output import note, print_json
+from burnish.cli.setting_names import named_as_given
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
+    context: typer.Context,
     base: Annotated[
         str,
         typer.Argument(metavar="BASE", help="Folder, hub id, or burnish-sql-base; the others are held against it."),
@@ -82,7 +84,8 @@ def compare(
     from burnish.serve.server import bind, is_loopback, run_server
     from burnish.serve.settings import ServeSettings
 
-    settings = ServeSettings(max_running=concurrency, max_queue=max_queue, grace_s=grace)
+    with named_as_given(context):
+        settings = ServeSettings(max_running=concurrency, max_queue=max_queue, grace_s=grace)
     keys = load_keys(api_keys)
     names = [base, *tuned]
     engine = ServedEngine(
@@ -112,7 +115,7 @@ def compare(
         listener.close()
         raise
     url = page_url(listener)
-    if keys is None and not is_loopback(listener):
+    if keys is None and not is_loopback(listener.getsockname()[0]):
         note("warning: anybody who reaches this address may use the page; give it --api-keys", quiet=quiet)
 
     def on_ready() -> None:

@@ -38,7 +38,7 @@ def prune(
     calibration: Annotated[
         str | None, typer.Option(help="Rows to calibrate on and recover with; the model's training rows if not given.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
+    samples: Annotated[int | None, typer.Option(help="Calibration rows; 128 when not given.")] = None,
     template: options.Template = "auto",
     gate_data: options.GateData = None,
     gate_rows: options.GateRows = 100,
@@ -84,6 +84,8 @@ def prune(
         given = ", ".join("--" + name.replace("_", "-") for name in learning)
         raise ConfigError(f"{given} without --recover", remedy="Say how many steps: --recover 200.")
     recovery = RecoverConfig(steps=recover, seed=seed, **learning) if recover else None
+    if samples is not None and not (settings.needs_calibration or recovery):
+        raise ConfigError(f"{method} takes no calibration rows", got=f"--samples {samples}", remedy="Use sparsegpt.")
     source = Source(
         device=device,
         dtype=dtype,
@@ -103,7 +105,7 @@ def prune(
             config=settings,
             recover=recovery,
             calibration=calibration,
-            num_samples=samples,
+            num_samples=128 if samples is None else samples,
             template=template,
             data=gate_data,
             gate_options=GateOptions(

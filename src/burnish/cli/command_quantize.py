@@ -58,7 +58,10 @@ def quantize(
     true_sequential: Annotated[
         bool, typer.Option(help="Calibrate a block's later linears on its quantized earlier ones; off is quicker.")
     ] = True,
-    damping: Annotated[float, typer.Option(help="Share of the mean added to the Hessian's diagonal (gptq).")] = 0.01,
+    damping: Annotated[
+        float | None,
+        typer.Option(help="Share of the mean added to the Hessian's diagonal (gptq); 0.01 when not given."),
+    ] = None,
     qat: Annotated[
         int, typer.Option(metavar="STEPS", help="Then train integers and scales so many steps (rtn, gptq).")
     ] = 0,
@@ -75,7 +78,7 @@ def quantize(
     calibration: Annotated[
         str | None, typer.Option(help="Rows to calibrate on and train with; the model's training rows if not given.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
+    samples: Annotated[int | None, typer.Option(help="Calibration rows; 128 when not given.")] = None,
     template: options.Template = "auto",
     gate_data: options.GateData = None,
     gate_rows: options.GateRows = 100,
@@ -128,13 +131,15 @@ def quantize(
         match_parent=match_parent,
         refine=refine,
         true_sequential=true_sequential,
-        damping=damping,
+        damping=0.01 if damping is None else damping,
         rotate=rotate,
         format=format,
         embeddings=embeddings,
         alpha=alpha,
         double_quant=double_quant,
     )
+    if damping is not None and not settings.corrects:
+        raise ConfigError(f"{method} has no damping", remedy="Leave it out, or use gptq.")
     learning: dict[str, Any] = {"rank": rank, "learning_rate": learning_rate, "batch_size": batch_size}
     learning = {name: value for name, value in learning.items() if value is not None}
     if (learning or learn_labels) and not qat:
@@ -142,6 +147,10 @@ def quantize(
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"{names} without --qat", remedy="Say how many steps: --qat 200.")
     training = QatConfig(steps=qat, distill=not learn_labels, seed=seed, **learning) if qat else None
+    if samples is not None and not (settings.needs_calibration or mixed or training):
+        raise ConfigError(
+            f"{method} takes no calibration rows", got=f"--samples {samples}", remedy="Use --method gptq."
+        )
     source = Source(
         device=device, dtype=dtype, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle
     )
@@ -157,7 +166,7 @@ def quantize(
             mixed=mixed,
             qat=training,
             calibration=calibration,
-            num_samples=samples,
+            num_samples=128 if samples is None else samples,
             template=template,
             data=gate_data,
             gate_options=GateOptions(

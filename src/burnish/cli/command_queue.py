@@ -134,7 +134,7 @@ def work(
     store: Store = _STORE,
     broker: Broker = None,
     queue: Queue = "default",
-    workers: Annotated[int, typer.Option(help="Processes; one that dies is started again.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes, which share the cores; one that dies starts again.")] = 1,
     ray: ray_options.Ray = None,
     resources: ray_options.Resources = None,
     min_workers: ray_options.MinWorkers = None,
@@ -172,6 +172,9 @@ def work(
     if concurrency < 1 or workers < 1:
         name, got = ("concurrency", concurrency) if concurrency < 1 else ("workers", workers)
         raise ConfigError(f"{name} is out of range", got=got, expected="1 or more")
+    origin = context.get_parameter_source("lease")
+    if broker is not None and origin is not None and origin.name != "DEFAULT":
+        raise ConfigError("--lease does not go with --broker, which notices at once when a worker is gone", got=lease)
     address = QueueAddress(store=store, broker=broker, queue=queue)
     described = model if adapter is None else f"{model} with {adapter}"
     given_source: dict[str, Any] = {
@@ -199,7 +202,11 @@ def work(
     if workers > 1:
         if json:
             raise ConfigError("--json tells of one worker", got=f"--workers {workers}")
-        return _supervise(list(context.find_root().obj), workers, quiet=quiet)
+        from burnish.cli.queue_processes import supervise
+
+        cards = tensor_parallel * pipeline_parallel if device == "cuda" else 0
+        words = context.find_root().obj
+        return supervise(words, workers, threads=threads, cards=cards, quiet=quiet, stopping=_stopping)
     from burnish.pipeline.opening import EngineOptions, Source, open_engine
     from burnish.scale.opening import open_worker
 
@@ -245,7 +252,7 @@ def status(
     from burnish.scale.opening import QueueAddress, open_publisher, open_store
 
     address = QueueAddress(store=store, broker=broker, queue=queue)
-    with open_store(address) as opened, open_publisher(address) as publisher:
+    with open_store(address, makes=False) as opened, open_publisher(address, makes=False) as publisher:
         record = status_record(opened, job, depths=publisher.depths(), queue=queue)
     print_json(record) if json else show_status(stdout(), record)
 
@@ -265,8 +272,8 @@ def collect(
     quiet: options.Quiet = False,
 ) -> None:
     """Write a job's results in the order of its prompts; items that failed have an error instead of a text."""
+    from burnish.scale.collect import check_out, format_of, wait_for
     from burnish.scale.collect import collect as run
-    from burnish.scale.collect import format_of, wait_for
     from burnish.scale.opening import QueueAddress, open_store
 
     if wait and partial:
@@ -274,7 +281,8 @@ def collect(
     if json and out == "-":
         raise ConfigError("--json and the results cannot both go to stdout", remedy="Name a file with --out.")
     chosen = format_of(out, form)
-    with open_store(QueueAddress(store=store)) as opened:
+    check_out(out, overwrite=overwrite)
+    with open_store(QueueAddress(store=store), makes=False) as opened:
         if wait:
             with watching(quiet=quiet) as progress:
                 wait_for(opened, job, progress=lambda done, total: progress("Waiting", done, total))
@@ -305,7 +313,7 @@ def retry(
 
     if which not in RETRIED:
         raise ConfigError("--state is out of range", got=which, expected=", ".join(RETRIED))
-    with open_store(QueueAddress(store=store, broker=broker)) as opened:
+    with open_store(QueueAddress(store=store, broker=broker), makes=False) as opened:
         address = QueueAddress(store=store, broker=broker, queue=opened.job(job).queue)
         with open_publisher(address) as publisher, watching(quiet=quiet) as progress:
             count = run(opened, publisher, job, which=which, progress=progress)
@@ -325,7 +333,7 @@ def dead(
     from burnish.cli.show_queue import failures, show_failures
     from burnish.scale.opening import QueueAddress, open_store
 
-    with open_store(QueueAddress(store=store)) as opened:
+    with open_store(QueueAddress(store=store), makes=False) as opened:
         rows = failures(opened, job)
         print_json(list(rows)) if json else show_failures(stdout(), rows)
 
@@ -344,28 +352,6 @@ def _as_file(source: str) -> Iterator[Path]:
             raise DataError("stdin cannot be read as text", got=error) from error
         copy.flush()
         yield Path(copy.name)
-
-
-def _supervise(words: list[str], workers: int, *, quiet: bool) -> int:
-    """This very command line once for each worker, with one worker each."""
-    from burnish.scale.supervising import Supervisor
-
-    command = _without_workers(words)
-    supervisor = Supervisor(command=command, count=workers, say=lambda text: note(text, quiet=quiet))
-    with _stopping(supervisor, quiet=quiet):
-        return supervisor.run()
-
-
-def _without_workers(words: list[str]) -> list[str]:
-    kept, skip = [], False
-    for word in words:
-        if skip:
-            skip = False
-        elif word == "--workers":
-            skip = True
-        elif not word.startswith("--workers="):
-            kept.append(word)
-    return [*kept, "--workers", "1"]
 
 
 @contextmanager

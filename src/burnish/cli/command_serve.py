@@ -11,6 +11,7 @@ import typer
 from burnish.cli import options, ray_options
 from burnish.cli.command_compare import page_url, require_page, with_page
 from burnish.cli.output import note, print_json
+from burnish.cli.setting_names import given, named_as_given
 from burnish.errors import ConfigError
 
 
@@ -125,21 +126,22 @@ def serve(
     from burnish.serve.service import Service
     from burnish.serve.settings import ServeSettings
     from burnish.track.making import make_tracker
+    from burnish.track.null import NullTracker
 
     if not 1 <= track_interval <= 86400:
-        raise ConfigError("track-interval is out of range", got=track_interval, expected="1 to 86400 seconds")
-    settings = ServeSettings(
-        max_running=concurrency,
-        max_queue=max_queue,
-        max_body_bytes=max_body * 2**20,
-        stream_interval_s=stream_interval / 1e3,
-        slow_reader_timeout_s=slow_reader,
-        grace_s=grace,
-        engine_timeout_s=engine_timeout,
-        max_restarts=max_restarts,
-    )
+        raise ConfigError("--track-interval is out of range", got=track_interval, expected="1 to 86400 seconds")
+    with named_as_given(context):
+        settings = ServeSettings(
+            max_running=concurrency,
+            max_queue=max_queue,
+            max_body_bytes=max_body * 2**20,
+            stream_interval_s=stream_interval / 1e3,
+            slow_reader_timeout_s=slow_reader,
+            grace_s=grace,
+            engine_timeout_s=engine_timeout,
+            max_restarts=max_restarts,
+        )
     keys = load_keys(api_keys)
-    tracker = make_tracker(track, warn=lambda line: note(line, quiet=quiet))
     engine = ServedEngine(
         dtype=dtype,
         device=device,
@@ -169,6 +171,9 @@ def serve(
             keys=keys, replicas=1 if replicas is None else replicas, resources=resources, json=json, quiet=quiet,
         )  # fmt: skip
     ray_options.refuse_without_ray(replicas=replicas, resources=resources)
+    tracker = make_tracker(track, warn=lambda line: note(line, quiet=quiet))
+    if isinstance(tracker, NullTracker) and given(context, "track_interval"):
+        raise ConfigError("--track-interval goes with --track", got=track_interval)
     listener = bind(host, port)
     try:
         served = open_served(model, engine, name=name, adapters=_adapters(adapter), base=base)
@@ -186,7 +191,7 @@ def serve(
             raise
     url = url_of(listener)
     names = [each.name for each in served.models]
-    if keys is None and not is_loopback(listener):
+    if keys is None and not is_loopback(listener.getsockname()[0]):
         note("warning: anybody who reaches this address may use the server; give it --api-keys", quiet=quiet)
 
     def on_ready() -> None:

@@ -109,8 +109,8 @@ def tune(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     dtype: Annotated[
-        str | None, typer.Option(help="To hold the base in: float32 unless --memory chooses; bfloat16 takes half.")
-    ] = None,
+        str, typer.Option(help="To hold the base in; auto: bfloat16 where a frozen base computes in it, else float32.")
+    ] = "auto",
     threads: options.Threads = None,
     revision: options.Revision = None,
     offline: options.Offline = False,
@@ -208,7 +208,7 @@ def tune(
             revision=revision,
             offline=offline,
             allow_pickle=allow_pickle,
-            dtype=dtype or ("float32" if memory is None else "auto"),
+            dtype=dtype,
         )
         if ranks.alone and (busy := busy_warning(get_num_threads(), device=device)):
             progress.say(busy)

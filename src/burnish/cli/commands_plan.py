@@ -60,6 +60,7 @@ def plan(
     from burnish.plan.options import PlanOptions
     from burnish.plan.planning import plan as run
     from burnish.plan.predict import require_fit
+    from burnish.plan.sharding import advised
 
     work = PlanOptions(
         dtype=dtype,
@@ -81,6 +82,8 @@ def plan(
             raise ConfigError(f"there is no stage {name}", expected=", ".join(stage.name for stage in result.stages))
     print_json(result.to_dict()) if json else show_plan(stdout(), result)
     for name in wanted:
+        if name == "inference" and advised(result.splits) is not None:
+            continue  # the cards hold it together
         require_fit(result.stage(name), result.device)
 
 

@@ -41,7 +41,7 @@ def serve_with_ray(
     from dataclasses import replace
 
     from burnish.scale.ray_resources import parse_resources
-    from burnish.scale.ray_session import AUTO, LOCAL, open_ray
+    from burnish.scale.ray_session import AUTO, LOCAL, free_port, open_ray
 
     if replicas < 1:
         raise ConfigError("replicas is out of range", got=replicas, expected="1 or more")
@@ -63,7 +63,8 @@ def serve_with_ray(
     names = [each.name for each in opening().models]  # what is wrong with them shows here, before anything starts
     require("ray.serve", extra="ray")
     from burnish.serve.ray_replica import ReplicaPlan
-    from burnish.serve.ray_serving import RayPlace, free_port, serve_on_ray
+    from burnish.serve.ray_serving import RayPlace, serve_on_ray
+    from burnish.serve.server import api_url, is_loopback
 
     if ray == LOCAL:
         note("starting Ray on this machine", quiet=quiet)
@@ -76,7 +77,7 @@ def serve_with_ray(
             if session.elsewhere():
                 raise ConfigError("a port is chosen on this machine alone", got="--port 0", expected="a number")
             port = free_port(host)
-        loopback = host == "localhost" or host.startswith(("127.", "::1"))
+        loopback = is_loopback(host)
         place = RayPlace(
             replicas=replicas,
             actor_options=reserved.actor_options(),
@@ -84,8 +85,7 @@ def serve_with_ray(
             port=port,
             every_node=not loopback,
         )
-        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        url = f"http://[{shown}]:{port}/v1" if ":" in shown else f"http://{shown}:{port}/v1"
+        url = api_url(host, port)
         if keys is None and not loopback:
             note("warning: anybody who reaches this address may use the server; give it --api-keys", quiet=quiet)
 

@@ -20,6 +20,12 @@ PARAMETERS = {
     "rank_stabilized": "rslora",
     "use_dora": "dora",
     "source": "data",
+    "max_running": "concurrency",
+    "max_body_bytes": "max_body",
+    "stream_interval_s": "stream_interval",
+    "slow_reader_timeout_s": "slow_reader",
+    "grace_s": "grace",
+    "engine_timeout_s": "engine_timeout",
 }
 """Of settings that the commands call otherwise: what the parameter is called there."""
 _ADAPTERS_ONLY = ("rank", "alpha", "dropout", "target_modules", "dora", "rslora")

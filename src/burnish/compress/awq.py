@@ -20,6 +20,7 @@ from burnish.compress.calibration import BlockWalk
 from burnish.compress.channel_scales import ScaleSite, fold_scale, positive, scale_sites
 from burnish.compress.config import QuantizeConfig
 from burnish.compress.quantized_weight import check_weight
+from burnish.compress.sparsity_masks import feature_energy
 from burnish.models.config import ModelConfig
 
 # O out features, I in features, C channels of what feeds the linears
@@ -53,7 +54,7 @@ def scale_block(
         widths: bits of the block's linears by name in the block, where they are not the config's.
 
     Raises:
-        CompressionError: NaN or infinite weights; names the layer.
+        CompressionError: NaN or infinite weights or activations; names the layer.
     """
     sites = {site.readers[0]: site for site in scale_sites(model)}
     found: list[tuple[ScaleSite, Tensor]] = []
@@ -66,6 +67,7 @@ def scale_block(
                 check_weight(weight_OI, f"model.layers.{layer}.{name}")
             rounders = [_rounder(replace(config, bits=widths.get(name, config.bits))) for name in site.readers]
             hessian_II = walk.hessian(layer, block, group[0])
+            feature_energy(hessian_II, f"model.layers.{layer}.{group[0]}")
             found.append((site, search_scale(weights, hessian_II, site, rounders=rounders)))
     for site, scale_C in found:
         fold_scale(block, site, scale_C)

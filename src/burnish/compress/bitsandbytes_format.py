@@ -31,6 +31,7 @@ from burnish.compress.nf4 import (
     quantize_blocks,
 )
 from burnish.compress.quantize import LayerError, OnLayer, QuantizeResult
+from burnish.compress.relative_error import relative_error
 from burnish.compress.rotation import rotate_model
 from burnish.errors import CompressionError
 from burnish.models.checkpoint_writing import MAX_SHARD_BYTES, pending, write_safetensors_folder
@@ -89,9 +90,8 @@ def quantize_codes(
         stored_bytes += sum(tensor.nbytes for tensor in stored.values())
         parts = [rounded_OI] if placement.rows is None else placement.rows.split(rounded_OI)
         for target, weight, part_OI in zip(placement.targets, weights, parts):
-            norm = float(weight.float().norm())
             now = time.perf_counter()
-            error = float((part_OI - weight.float()).norm()) / norm if norm > 0 else 0.0
+            error = relative_error(weight, part_OI, None)
             layers.append(LayerError(name=target.removesuffix(".weight"), error=error, seconds=now - last))
             last = now
             weight.copy_(part_OI)

@@ -13,6 +13,7 @@ from burnish.compress.config import QuantizeConfig
 from burnish.compress.matching import ParentWalk, SplitMoments, matched_weight, trusted_share
 from burnish.compress.quantized_weight import QuantizedWeight, check_weight
 from burnish.compress.refinement import refine_weight
+from burnish.compress.relative_error import relative_error
 
 # O out features, I in features
 
@@ -75,7 +76,8 @@ def quantize_block(
             linear = linears[name]
             own = replace(config, bits=widths.get(name, config.bits))
             target_OI, quantized = quantize_linear(linear.weight, inputs, own, prefix + name)
-            report(prefix + name, gptq.output_error(target_OI, quantized, inputs.hessian_II if inputs else None))
+            hessian_II = inputs.hessian_II if inputs else None
+            report(prefix + name, relative_error(target_OI, quantized.dequantize(), hessian_II))
             linear.weight.copy_(quantized.dequantize(dtype=linear.weight.dtype))
             done[name] = quantized
     return done

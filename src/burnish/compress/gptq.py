@@ -275,27 +275,3 @@ def _quantize_run(weight_CO: Tensor, factor_CC: Tensor, grid: Grid, *, errors_CO
         if column + 1 < len(pivots):
             weight_CO[column + 1 :].addr_(factor_CC[column, column + 1 :], error_O, alpha=-1.0)
     return ints_CO
-
-
-def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> float:
-    """Relative error of the layer's output over the calibration inputs: |x (W - Q)'| / |x W'|, Frobenius norms.
-
-    Args:
-        weight: (out, in), the weight before.
-        quantized: what became of it.
-        hessian: (in, in), sum of x x'; None counts every input alike (the relative error of the weight itself).
-
-    Returns:
-        0.0 for no error; 0.0 also when the layer's output is all zeros before and after.
-    """
-    weight_OI = weight.detach().float()
-    lost_OI = quantized.dequantize() - weight_OI
-    if hessian is None:
-        lost, whole = lost_OI.square().sum(), weight_OI.square().sum()
-    else:
-        hessian_II = hessian.float()
-        lost = (lost_OI @ hessian_II).mul_(lost_OI).sum()
-        whole = (weight_OI @ hessian_II).mul_(weight_OI).sum()
-    if float(lost) <= 0.0:
-        return 0.0
-    return float((lost / whole).sqrt()) if float(whole) > 0.0 else float("inf")

@@ -90,6 +90,8 @@ def read_quantization_config(hf_config: Mapping[str, Any]) -> GptqFolderConfig |
     record = hf_config.get("quantization_config")
     if record is None:
         return None
+    if not isinstance(record, Mapping):
+        raise CheckpointError("config.json's quantization_config is no object", got=repr(record))
     method = record.get("quant_method")
     if method != "gptq":
         raise CheckpointError(
@@ -110,10 +112,21 @@ def read_quantization_config(hf_config: Mapping[str, Any]) -> GptqFolderConfig |
         group_size=record.get("group_size", 128),
         zero_offset=CHECKPOINT_FORMATS[version],
     )
+    dynamic = record.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise CheckpointError("config.json's quantization_config has a dynamic that is no object", got=repr(dynamic))
     overrides = []
-    for key, changes in (record.get("dynamic") or {}).items():
-        pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
-        overrides.append((pattern, None if key.startswith("-:") else changes))
+    for key, changes in dynamic.items():
+        stays_dense = key.startswith("-:")
+        try:
+            pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
+        except re.error as error:
+            raise CheckpointError(
+                f"config.json's dynamic has a pattern that cannot be read: {key}", got=error
+            ) from error
+        if not stays_dense and not isinstance(changes, Mapping):
+            raise CheckpointError(f"config.json's dynamic says nothing of {key}", got=repr(changes))
+        overrides.append((pattern, None if stays_dense else changes))
     folder_config = GptqFolderConfig(default=default, overrides=tuple(overrides))
     for bits, group_size in [(default.bits, default.group_size), *_overridden(folder_config)]:
         if (

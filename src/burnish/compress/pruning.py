@@ -17,6 +17,7 @@ from burnish.compress import gptq, sparsegpt
 from burnish.compress.calibration import BlockWalk, TokenBatch, block_linears, make_batches
 from burnish.compress.prune_config import PruneConfig
 from burnish.compress.quantized_weight import check_weight
+from burnish.compress.relative_error import relative_error
 from burnish.compress.sparsity_masks import lowest, lowest_in_runs, ragged_columns, share_of
 from burnish.compress.wanda import wanda_mask
 from burnish.errors import CompressionError, ConfigError
@@ -225,26 +226,3 @@ def pruned_weight(
         assert config.sparsity is not None
         mask_OI = lowest(weight.detach().abs(), share_of(weight.numel(), config.sparsity))
     return weight.detach().float().masked_fill(mask_OI, 0.0)
-
-
-def relative_error(weight: Tensor, pruned: Tensor, hessian: Tensor | None) -> float:
-    """Relative error of the layer's output over the calibration inputs: |x (W - P)'| / |x W'|, Frobenius norms.
-
-    Args:
-        weight, pruned: (out, in), before and after.
-        hessian: (in, in), sum of x x'; None counts every input alike.
-
-    Returns:
-        0.0 for no error; 0.0 also when the layer's output is all zeros before and after.
-    """
-    before_OI = weight.detach().float()
-    lost_OI = pruned.detach().float() - before_OI
-    if hessian is None:
-        lost, whole = lost_OI.square().sum(), before_OI.square().sum()
-    else:
-        hessian_II = hessian.float()
-        lost = (lost_OI @ hessian_II).mul_(lost_OI).sum()
-        whole = (before_OI @ hessian_II).mul_(before_OI).sum()
-    if float(lost) <= 0.0:
-        return 0.0
-    return float((lost / whole).sqrt()) if float(whole) > 0.0 else float("inf")

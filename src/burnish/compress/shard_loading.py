@@ -285,6 +285,12 @@ def _fill(decoder: Decoder, name: str, part: Tensor, device: torch.device) -> No
         raise CheckpointError(
             f"{name} has the wrong shape in the files", got=list(part.shape), expected=list(held.shape)
         )
+    if part.dtype == held.dtype and part.device == device and part.is_contiguous():
+        # As it was read: a copy would leave a hole of its size in the heap.
+        if leaf in module._parameters:
+            part = nn.Parameter(part, requires_grad=held.requires_grad)
+        setattr(module, leaf, part)
+        return
     materialise(decoder, name, device)
     getattr(module, leaf).data.copy_(part)
 
@@ -303,7 +309,7 @@ def _round(
     parent, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(parent)
     if not isinstance(module, (Int8Linear, GroupQuantizedLinear)) or leaf == "bias":
-        place_tensor(decoder, name, reader.read(name), device=device)
+        _fill(decoder, name, reader.read(name), device)
         return
     if leaf not in ("weight", "qweight"):
         return

@@ -24,9 +24,9 @@ from burnish.compress.pruning import (
     calibration_batches,
     check_dense,
     count_tokens,
-    relative_error,
 )
 from burnish.compress.quantized_weight import check_weight
+from burnish.compress.relative_error import relative_error
 from burnish.compress.smaller_config import smaller_config, without_layers
 from burnish.compress.sparsity_masks import feature_energy, share_of
 from burnish.errors import CompressionError, ConfigError

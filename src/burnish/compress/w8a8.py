@@ -17,6 +17,7 @@ from burnish.compress.config import QuantizeConfig
 from burnish.compress.int8_linear import Int8Linear
 from burnish.compress.quantize import LayerError, OnLayer, QuantizeResult
 from burnish.compress.quantized_weight import check_weight
+from burnish.compress.relative_error import relative_error
 from burnish.compress.rotation import rotate_model
 from burnish.compress.smoothquant import product_error, smooth_block
 from burnish.errors import CompressionError, ConfigError
@@ -37,8 +38,9 @@ def quantize_w8a8(
     """Replace every linear of every block by an `Int8Linear`, in place, and the output layer too with `embeddings`.
 
     Blocks are visited one after another, each seeing the outputs of the rounded blocks before it. Memory beyond the
-    model is the hidden states of the calibration tokens and what a block's linears read of 512 of them. Errors are
-    those of the product, activations rounded too; of the weights alone without examples and for the output layer.
+    model is the hidden states of the calibration tokens and what a block's linears read of one to two thousand of them.
+    Errors are those of the product, activations rounded too; of the weights alone without examples and for the output
+    layer.
 
     Args:
         model: changed in place; its mode is restored. After an error it is partly quantized: reload it.
@@ -139,5 +141,4 @@ def quantize_output_layer(model: Decoder) -> dict[str, float]:
 def _error(linear: nn.Linear, rounded_OI: torch.Tensor, sample: InputSample | None) -> float:
     if sample is not None:
         return product_error(linear.weight, rounded_OI, sample)
-    norm = float(linear.weight.float().norm())
-    return float((rounded_OI - linear.weight.float()).norm()) / norm if norm > 0 else 0.0
+    return relative_error(linear.weight, rounded_OI, None)

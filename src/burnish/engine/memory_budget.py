@@ -39,6 +39,7 @@ class Demand:
         dtype: of activations.
         max_model_len: longest sequence; `length_asked` tells whether somebody insists on it.
         processes: that share this machine's memory.
+        whole: the model that `config` is a part of, whose windows decide what a sequence keeps; None if it is no part.
     """
 
     config: ModelConfig
@@ -52,6 +53,7 @@ class Demand:
     max_batch_tokens: int
     length_asked: bool
     processes: int = 1
+    whole: ModelConfig | None = None
 
     @property
     def block_bytes(self) -> int:
@@ -64,7 +66,7 @@ class Demand:
     @property
     def window(self) -> int | None:
         """Most tokens that any layer looks back; None where one sees everything."""
-        return longest_window(self.config)
+        return longest_window(self.whole or self.config)
 
     @property
     def sequence_blocks(self) -> int:

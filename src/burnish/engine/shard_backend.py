@@ -83,8 +83,11 @@ class ShardBackend:
         return sum(each.packed_linears for each in self.loaded)
 
     def load(self, options: PartOptions) -> None:
-        """Have every rank read its part; raises as `ShardRank.load`."""
-        self.loaded = tuple(self._asked("load", options))
+        """Have every rank read its part; raises as `ShardRank.load`.
+
+        A Ctrl-C ends the loading at once, and with it a group that is this backend's alone.
+        """
+        self.loaded = tuple(self._asked("load", options, stoppable=self._owned))
 
     def plan(self, demand: Demand, *, memory: str | int | None, kv_memory: str | int | None) -> tuple[int, int]:
         """Blocks that every rank has room for, and what one takes of all memories; raises as `plan_blocks`."""
@@ -136,9 +139,9 @@ class ShardBackend:
         if self._followers is not None:
             self._followers.close()
 
-    def _asked(self, name: str, *arguments: Any) -> list[Any]:
+    def _asked(self, name: str, *arguments: Any, stoppable: bool = False) -> list[Any]:
         """What every rank answers to a call; the first refusal is raised, the driver's own before others."""
-        with self._together():
+        with self._together(stoppable=stoppable):
             self._group.command((name, arguments))
             try:
                 own = getattr(self.rank, name)(*arguments)
@@ -156,20 +159,28 @@ class ShardBackend:
         return answers
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """What all ranks do at once: it is not left half way, and if it fails all is over."""
+    def _together(self, *, stoppable: bool = False) -> Iterator[None]:
+        """What all ranks do at once: it is not left half way, unless `stoppable`, and if it fails all is over."""
         if self._failed is not None:
             raise self._failed
         try:
-            with uninterrupted():
+            with contextlib.nullcontext() if stoppable else uninterrupted():
                 yield
         except Exception as error:
-            self._failed = self._explained(error)
-            if self._followers is not None:
-                self._followers.close()
-            if self._failed is error:
+            failed = self._explained(error)
+            self._end(failed)
+            if failed is error:
                 raise
-            raise self._failed from error
+            raise failed from error
+        except BaseException:
+            if stoppable:
+                self._end(WorkerError("the engine was interrupted"))
+            raise
+
+    def _end(self, error: BurnishError) -> None:
+        self._failed = error
+        if self._followers is not None:
+            self._followers.close()
 
     def _explained(self, error: Exception) -> BurnishError:
         """The error that was first, in one line."""

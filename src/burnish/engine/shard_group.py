@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import os
 import pickle
+import threading
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +33,8 @@ _FIRST_ERROR = "burnish/first_error"
 _HERE = "burnish/here/"
 _HEAD = 8
 _INLINE = 4096
+_AT_WORK = -1
+_SIGN_S = 1.0
 
 
 class ShardGroup:
@@ -108,21 +111,46 @@ class ShardGroup:
             return pickle.loads(body.numpy().tobytes())
 
     def gather(self, value: Any) -> list[Any] | None:
-        """Every rank's value by rank, at the driver; None elsewhere."""
+        """Every rank's value by rank, at the driver; None elsewhere.
+
+        The driver waits for as long as each rank shows that it lives: by its value, or by `at_work` before.
+        """
         data = _bytes(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
         with self._losing():
             if not self.is_driver:
                 self._control.send([torch.tensor([len(data)])], 0, 0).wait()
                 self._control.send([data], 0, 1).wait()
                 return None
+            limit = datetime.timedelta(seconds=self.timeout_s)
             values = [value]
             for rank in range(1, self.world_size):
-                size = torch.zeros(1, dtype=torch.int64)
-                self._control.recv([size], rank, 0).wait()
+                size = torch.full((1,), _AT_WORK)
+                while int(size) == _AT_WORK:
+                    self._control.recv([size], rank, 0).wait(limit)
                 body = torch.empty(int(size), dtype=torch.uint8)
-                self._control.recv([body], rank, 1).wait()
+                self._control.recv([body], rank, 1).wait(limit)
                 values.append(pickle.loads(body.numpy().tobytes()))
             return values
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Show the driver, for whom `gather` comes next, that this follower lives, however long the block takes."""
+        done = threading.Event()
+        sign = threading.Thread(target=self._show_life, args=(done,), name="burnish-at-work", daemon=True)
+        sign.start()
+        try:
+            yield
+        except BaseException:
+            done.set()  # the driver may not be there to take the last sign
+            raise
+        done.set()
+        sign.join()
+
+    def _show_life(self, done: threading.Event) -> None:
+        with contextlib.suppress(RuntimeError):  # that the driver is gone is found out when the answer is sent
+            while not done.wait(min(_SIGN_S, self.timeout_s / 4)):
+                # Waits until the driver asks, so that there is never more than one on its way.
+                self._control.send([torch.tensor([_AT_WORK])], 0, 0).wait()
 
     def sum_stage(self, x: Tensor) -> Tensor:
         """The sum over the ranks of this stage; `x` may be changed."""
@@ -183,9 +211,13 @@ class ShardGroup:
         try:
             yield
         except RuntimeError as error:
-            waited = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-            why = f"one gave no sign for {self.timeout_s:g} s" if waited else "one of them ended"
-            raise WorkerError(f"rank {self.rank} lost the other processes: {why}") from error
+            lost = f"rank {self.rank} lost the other processes"
+            if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+                raise WorkerError(
+                    f"{lost}: one gave no sign for {self.timeout_s:g} s",
+                    remedy="Raise BURNISH_SHARD_TIMEOUT (seconds) if it was only slow.",
+                ) from error
+            raise WorkerError(f"{lost}: one of them ended") from error
 
     def _gloo(self, name: str, rank: int, size: int, timeout: datetime.timedelta) -> Any:
         kind: Any = dist.ProcessGroupGloo  # type: ignore[attr-defined]
@@ -224,7 +256,7 @@ def join(
     pipeline_parallel: int,
     address: str,
     device: torch.device | str = "cpu",
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | None = None,
     transport: str | None = None,
     store: Any = None,
 ) -> ShardGroup:
@@ -233,12 +265,14 @@ def join(
     Args:
         address: "tcp://HOST:PORT" of rank 0, which listens there; "file:///PATH" that all can write to; or "env://",
             what torchrun says.
+        timeout_s: see `ShardGroup`; None is the variable BURNISH_SHARD_TIMEOUT, or the default.
         store: rank 0's own, where it listens already.
 
     Raises:
         ConfigError: the address is none.
         WorkerError: the others were not found in time.
     """
+    timeout_s = timeout_from_environment() if timeout_s is None else timeout_s
     place = torch.device(device)
     world = tensor_parallel * pipeline_parallel
     if place.type == "cuda":

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, WorkerError
 
 GRACE_S = 5.0
 _NOTICE_S = 2.0
@@ -27,6 +27,9 @@ class Followers:
 
     Args:
         settings: of each, for `shard_worker`.
+
+    Raises:
+        WorkerError: the system starts no process.
     """
 
     def __init__(self, settings: Sequence[Mapping[str, object]]) -> None:
@@ -41,7 +44,9 @@ class Followers:
         self._thread.start()
         self._started.wait()
         if self._failed is not None:
-            raise self._failed
+            self.close()
+            reason = self._failed.strerror or self._failed
+            raise WorkerError("the other processes cannot be started", got=reason) from self._failed
 
     @property
     def pids(self) -> list[int]:

@@ -139,7 +139,10 @@ class ShardRank:
         Raises:
             ConfigError: as `plan_blocks`.
         """
-        own = replace(demand, config=self.cut.cache_config(self.config), device=self._group.device)
+        config = self.cut.cache_config(self.config)
+        if self._group.is_driver:
+            config = replace(config, vocab_size=self.config.vocab_size)  # all parts' logits come together here
+        own = replace(demand, config=config, whole=self.config, device=self._group.device)
         return plan_blocks(own, memory=memory, kv_memory=kv_memory), own.block_bytes
 
     def make_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> RankMemory:

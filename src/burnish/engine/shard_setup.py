@@ -217,6 +217,10 @@ def _checked(settings: EngineSettings) -> str:
         raise ConfigError(
             f"the {settings.backend} backend cannot run in several processes", remedy="Choose backend auto or torch."
         )
+    if settings.optimise is False:
+        raise ConfigError("a model over several processes is always laid out for them", got="optimise False")
+    if group is not None and torch.device(settings.device).type not in ("cpu", group.device.type):
+        raise ConfigError("the group of processes computes elsewhere", got=settings.device, expected=group.device)
     if settings.adapters:
         raise no_adapters()
     for name, value in (
@@ -256,5 +260,8 @@ def _wait_for(followers: Followers, store: object, world: int, timeout_s: float)
         if dead is not None:
             raise WorkerError(f"{dead} before it was ready", remedy="Run it with BURNISH_TRACEBACK=1 to see why.")
         if time.monotonic() > deadline:
-            raise WorkerError("the other processes did not start", got=f"{timeout_s:g} s")
+            raise WorkerError(
+                f"the other processes did not start within {timeout_s:g} s",
+                remedy="Raise BURNISH_SHARD_TIMEOUT (seconds) if they are only slow.",
+            )
         time.sleep(_POLL_S)

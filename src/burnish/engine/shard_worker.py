@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from burnish.engine.shard_backend import Refusal
-from burnish.engine.shard_group import TIMEOUT_S, ShardGroup, join
+from burnish.engine.shard_group import ShardGroup, join
 from burnish.engine.shard_rank import ShardRank
 from burnish.errors import BurnishError, WorkerError
 
@@ -32,7 +32,7 @@ class ShardWorker:
         tensor_parallel, pipeline_parallel: of the group.
         address: where rank 0 is met; see `shard_group.join`.
         device: where this one computes.
-        timeout_s: see `ShardGroup`.
+        timeout_s: see `shard_group.join`.
 
     Raises:
         WorkerError: the others were not found.
@@ -46,7 +46,7 @@ class ShardWorker:
         pipeline_parallel: int,
         address: str,
         device: str = "cpu",
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float | None = None,
         transport: str | None = None,
     ) -> None:
         self.group = join(
@@ -87,7 +87,9 @@ def follow(group: ShardGroup) -> None:
             getattr(rank, name)(*arguments)
         else:
             assert name in _ANSWERED
-            group.gather(_answer(rank, name, arguments))
+            with group.at_work():
+                answer = _answer(rank, name, arguments)
+            group.gather(answer)
 
 
 def _answer(rank: ShardRank, name: str, arguments: tuple[Any, ...]) -> Any:

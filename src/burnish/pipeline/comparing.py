@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from burnish.errors import CheckpointError
 from burnish.models.resolve import resolve_model
 from burnish.pipeline.manifest import read_manifest
 from burnish.pipeline.serving import ServedEngine, open_served
+from burnish.plan.hardware import usable_cores
 from burnish.serve.compare_models import ComparedModel
 from burnish.serve.service import ServedModel, Service
 from burnish.serve.settings import ServeSettings
@@ -97,7 +97,7 @@ def _with_folder(model: ComparedModel) -> str:
 
 def threads_each(engines: int) -> int:
     """Threads for each of several engines that compute at once: they share the cores evenly."""
-    return max(1, (os.cpu_count() or 1) // engines)
+    return max(1, usable_cores() // engines)
 
 
 def _compared(model: ServedModel, base: Path, service: Service, engine: ServedEngine) -> ComparedModel:

@@ -108,6 +108,10 @@ def evaluate(
     source = source or Source()
     if task not in TASKS:
         raise ConfigError(f"there is no task {task!r}", expected=", ".join(TASKS))
+    if gate_options is not None and gate_options.any_limit and against is None:
+        raise ConfigError("limits need a parent", remedy="Name it with --against.")
+    if gate_options is not None and gate_options.max_score_drop is not None and task != "text-to-sql":
+        raise ConfigError(f"max-score-drop has nothing to judge with task {task}", expected="task text-to-sql")
     if data is None:
         if task == "bleu":
             raise ConfigError("bleu needs rows with reference answers", remedy="Give them with --data.")

@@ -21,8 +21,8 @@ from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import held_out
 from burnish.pipeline.foreign_models import CTranslate2Model, LlamaCppModel
 from burnish.pipeline.gates import MERGE_LIMITS, QUANTIZE_LIMITS, GateResult, gate_error, judge
-from burnish.pipeline.manifest import write_manifest
-from burnish.pipeline.opening import Opened, Source, check_output, data_of, open_decoder
+from burnish.pipeline.manifest import MANIFEST_NAME, withdraw_manifest, write_manifest
+from burnish.pipeline.opening import Opened, Source, check_not_parent, check_output, data_of, open_decoder
 from burnish.pipeline.progress import Progress, silent
 
 FORMATS = {
@@ -95,12 +95,15 @@ def export(
         require("ctranslate2", extra="ct2")
     limits = limits or limits_of(format)
     path = _check_file(out, overwrite=overwrite) if to == "gguf" else check_output(out, overwrite=overwrite)
+    home = path.parent if to == "gguf" else path
+    manifest = f"{path.name}.burnish.json" if to == "gguf" else MANIFEST_NAME
     kept: list[str] = []
     notes: list[str] = []
     with MemoryMeter() as meter:
         opened = open_decoder(model, source)
         if opened.adapter is not None:
             raise ConfigError(f"{model} is an adapter", remedy="Merge it first: burnish merge ADAPTER --out DIR")
+        check_not_parent(path, opened)
         if to == "gguf":
             report = export_gguf(
                 opened.decoder,
@@ -117,6 +120,7 @@ def export(
             dequantize_linears(opened.decoder)
             wanted = parse_dtype(format, read_config(opened.folder)) or opened.decoder.dtype
             save_decoder(opened.decoder, path, source=opened.folder, dtype=wanted)
+        withdraw_manifest(home, name=manifest)
         compared_by, gate = _gate(opened, path, to=to, data=data, limits=limits, threads=source.threads)
     record = ExportRecord(
         out=str(path),
@@ -131,9 +135,8 @@ def export(
         compared_by=compared_by,
         gate=gate,
     )
-    where: dict[str, Any] = {"name": f"{path.name}.burnish.json"} if to == "gguf" else {}
     write_manifest(
-        path.parent if to == "gguf" else path,
+        home,
         kind="exported",
         inputs={"model": opened.as_input()},
         config={"to": to, "format": format},
@@ -141,7 +144,7 @@ def export(
         figures=to_plain(record),
         gate=to_plain(gate),
         tokenizer=opened.tokenizer,
-        **where,
+        name=manifest,
     )
     if gate is not None and not gate.passed:
         raise gate_error(f"the export {path}", gate, remedy="Try a --format of more bits, or --to safetensors.")

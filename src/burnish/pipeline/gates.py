@@ -154,14 +154,32 @@ def quantize_limits(bits: float) -> GateLimits:
 
 
 def limits_of_child(manifest: Mapping[str, Any] | None, hf_config: Mapping[str, Any]) -> GateLimits | None:
-    """The limits that a child was made under, or those of its bits; None for a model that says neither."""
+    """The limits that a child was made under, or those of its bits; None for a model that says neither.
+
+    Raises:
+        ConfigError: the manifest's limits are of another kind.
+    """
     made = (manifest or {}).get("gate")
     if isinstance(made, Mapping) and isinstance(made.get("limits"), Mapping):
-        return GateLimits(**made["limits"])
-    quantized = hf_config.get("quantization_config")
-    if isinstance(quantized, Mapping) and isinstance(quantized.get("bits"), int):
-        return quantize_limits(quantized["bits"])
-    return None
+        try:
+            return GateLimits(**made["limits"])
+        except TypeError as error:
+            raise ConfigError("the limits in the model's manifest cannot be read", got=dict(made["limits"])) from error
+    bits = _bits_of(hf_config.get("quantization_config"))
+    return None if bits is None else quantize_limits(bits)
+
+
+def _bits_of(quantized: object) -> int | None:
+    """The fewest bits of a weight by config.json, in GPTQ's, AWQ's, bitsandbytes' or compressed-tensors' way."""
+    if not isinstance(quantized, Mapping):
+        return None
+    if quantized.get("load_in_4bit") or quantized.get("load_in_8bit"):
+        return 4 if quantized.get("load_in_4bit") else 8
+    groups = quantized.get("config_groups")
+    groups = groups.values() if isinstance(groups, Mapping) else ()
+    weights = [group.get("weights") for group in groups if isinstance(group, Mapping)]
+    found = [quantized.get("bits"), *(each.get("num_bits") for each in weights if isinstance(each, Mapping))]
+    return min((bits for bits in found if isinstance(bits, int)), default=None)
 
 
 def is_made_from(manifest: Mapping[str, Any] | None, fingerprint: str) -> bool:

@@ -16,7 +16,7 @@ from burnish.data.tokenizer import Tokenizer
 from burnish.errors import CheckpointError
 from burnish.measure.hardware import hardware_record, version_record
 from burnish.measure.json_values import to_plain
-from burnish.models.atomic_files import write_text
+from burnish.models.atomic_files import write_text, writing_to
 
 MANIFEST_NAME = "burnish.json"
 GOLDEN_TEXT = "SELECT name FROM café WHERE id = 42; -- naïve 東京 🙂"
@@ -80,6 +80,16 @@ def write_manifest(
         record["golden_tokens"] = {"text": GOLDEN_TEXT, "ids": tokenizer.encode(GOLDEN_TEXT)}
     write_text(folder / name, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return record
+
+
+def withdraw_manifest(folder: Path, *, name: str = MANIFEST_NAME) -> None:
+    """Remove the manifest of what has just been replaced: its verdict is not the new artifact's.
+
+    Raises:
+        CheckpointError: it cannot be removed.
+    """
+    with writing_to(folder):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -21,12 +21,20 @@ from burnish.models.loading import parse_dtype, save_decoder
 from burnish.pipeline.disk import folder_bytes
 from burnish.pipeline.examples import held_out
 from burnish.pipeline.gates import MERGE_LIMITS, GateOptions, GateResult, gate_error, judge
-from burnish.pipeline.manifest import describe_input, write_manifest
+from burnish.pipeline.manifest import describe_input, withdraw_manifest, write_manifest
 from burnish.pipeline.merge_choice import ONTO, MergeTrial, better, trial_of
-from burnish.pipeline.opening import Opened, Source, base_of_adapter, check_output, data_of, open_decoder
+from burnish.pipeline.opening import (
+    Opened,
+    Source,
+    base_of_adapter,
+    check_not_parent,
+    check_output,
+    data_of,
+    open_decoder,
+)
 from burnish.pipeline.predicted import predicted_merge_peak
 from burnish.pipeline.progress import Progress, silent
-from burnish.pipeline.task_gate import compare_on_task
+from burnish.pipeline.task_gate import check_score_drop, compare_on_task
 from burnish.train.adapter import load_adapter
 from burnish.train.adapter_sums import check_weights, load_adapters
 from burnish.train.lora import merge_adapter
@@ -104,6 +112,8 @@ def merge(
         progress("Merging", 0, 4, "loading")
         trained_on = merging.frozen if merging.onto != "original" else None
         parent = merging.open(trained_on)
+        check_not_parent(folder, parent)
+        check_score_drop(gate_options, data=data, recorded=data_of(parent))
         stored = asked or parse_dtype("auto", read_config(parent.folder))
         predicted = predicted_merge_peak(parent.decoder, rank=merging.rank)
         examples = held_out(
@@ -120,6 +130,7 @@ def merge(
             onto, reason = better(trials)
         merged, names = merging.merged(onto, stored)
         save_decoder(merged, folder, source=parent.folder, dtype=stored)
+        withdraw_manifest(folder)
         progress("Merging", 2, 4, "reading back")
         del merged
         if onto == "original" and trained_on is not None:

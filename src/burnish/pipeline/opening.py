@@ -341,6 +341,16 @@ def check_output(out: str | Path, *, overwrite: bool) -> Path:
     return folder
 
 
+def check_not_parent(folder: Path, parent: Opened) -> None:
+    """Make sure that a child does not take its parent's place, which it is yet to be held against.
+
+    Raises:
+        ConfigError: it would.
+    """
+    if folder.resolve() in [place.resolve() for place in (parent.folder, parent.adapter) if place is not None]:
+        raise ConfigError(f"--out {folder} is what it is made from", remedy="Choose another folder.")
+
+
 def data_of(opened: Opened) -> dict[str, object] | None:
     """What the manifest of the model (or of its adapter) says it was trained on."""
     return recorded_data(*[folder for folder in (opened.adapter, opened.folder) if folder is not None])

@@ -13,22 +13,23 @@ from burnish.compress.loading import load_model
 from burnish.compress.prune_config import PruneConfig
 from burnish.compress.pruning import PrunedLayer, PruneResult, prune_model
 from burnish.compress.structured import prune_structured
-from burnish.errors import ConfigError, DataError
+from burnish.errors import ConfigError
 from burnish.measure.compare import GateLimits, compare_models
 from burnish.measure.json_values import to_plain
 from burnish.measure.memory import MemoryMeter
 from burnish.models.checkpoint import read_config
 from burnish.models.decoder import Decoder
 from burnish.models.loading import parse_dtype, save_decoder
+from burnish.pipeline.calibration_rows import calibration_rows, refuse_gate_rows
 from burnish.pipeline.disk import folder_bytes
-from burnish.pipeline.examples import DataConfig, held_out, prepare
+from burnish.pipeline.examples import held_out
 from burnish.pipeline.gates import PRUNE_LIMITS, GateOptions, GateResult, gate_error, judge
-from burnish.pipeline.manifest import write_manifest
-from burnish.pipeline.opening import Opened, Source, check_output, data_of, open_decoder
+from burnish.pipeline.manifest import withdraw_manifest, write_manifest
+from burnish.pipeline.opening import Opened, Source, check_not_parent, check_output, data_of, open_decoder
 from burnish.pipeline.progress import Progress, silent
 from burnish.pipeline.recovery import RecoverConfig, Recovery
 from burnish.pipeline.recovery import recover as learn_again
-from burnish.pipeline.task_gate import compare_on_task
+from burnish.pipeline.task_gate import check_score_drop, compare_on_task
 from burnish.pipeline.training_data import Row
 
 ZEROS_COST = (
@@ -112,16 +113,15 @@ def prune(
         parent = open_decoder(model, source)
         if parent.adapter is not None:
             raise ConfigError(f"{model} is an adapter", remedy="Merge it first: burnish merge ADAPTER --out DIR")
-        if "quantization_config" in read_config(parent.folder):
+        check_not_parent(folder, parent)
+        if read_config(parent.folder).get("quantization_config") is not None:
             raise ConfigError(f"{model} is quantized", remedy="Prune its dense parent.")
         recorded = data_of(parent)
         rows, rows_source = _rows(parent, config, recover, calibration, num_samples, template)
         longest = parent.decoder.config.max_position_embeddings
         gate_examples = held_out(parent.tokenizer, data=data, recorded=recorded, longest=longest)
-        if rows_source is not None and data == rows_source:
-            raise DataError(
-                "the gate's rows are the calibration rows", got=data, remedy="Give held-out rows with --gate-data."
-            )
+        refuse_gate_rows(rows_source, data=data, recorded=recorded)
+        check_score_drop(gate_options, data=data, recorded=recorded)
         child = load_model(
             parent.folder, dtype=parent.decoder.dtype, device=source.device, allow_pickle=source.allow_pickle
         )
@@ -133,6 +133,7 @@ def prune(
             recovery = learn_again(child, rows, recover, masked=masked, progress=progress)
         sparsity = result.sparsity if config.is_structured else _zeros(child)
         save_decoder(child, folder, source=parent.folder, dtype=parse_dtype("auto", read_config(parent.folder)))
+        withdraw_manifest(folder)
         parameters = child.config.num_parameters()
         del child
         stored = load_model(folder, dtype=parent.decoder.dtype, device=source.device)
@@ -192,17 +193,8 @@ def _rows(
     """Examples to calibrate on and to recover with, and where they come from; none for a method that needs none."""
     if not config.needs_calibration and recover is None:
         return [], None
-    recorded = data_of(parent) or {}
-    chosen = calibration or recorded.get("source") or "text-to-sql:train"
-    columns = recorded.get("columns") if chosen == recorded.get("source") else None
-    rows = DataConfig(
-        source=str(chosen),
-        template=str(recorded.get("template") or template),
-        columns=columns if isinstance(columns, dict) else None,
-        limit=max(num_samples, 0 if recover is None else recover.num_rows),
-    )
-    prepared = prepare(rows, parent.tokenizer, longest=parent.decoder.config.max_position_embeddings)
-    return prepared.examples.examples, str(chosen)
+    limit = max(num_samples, 0 if recover is None else recover.num_rows)
+    return calibration_rows(parent, calibration, template=template, limit=limit)
 
 
 def _pruned(

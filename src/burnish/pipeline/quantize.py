@@ -13,21 +13,22 @@ from burnish.compress.folder_formats import quantize_for_folder
 from burnish.compress.loading import load_model
 from burnish.compress.quantize import LayerError
 from burnish.compress.rounded_cache import KV_DTYPES, RoundedCacheModel
-from burnish.errors import BurnishError, ConfigError, DataError
+from burnish.errors import BurnishError, ConfigError
 from burnish.measure.compare import GateLimits, compare_models
 from burnish.measure.json_values import to_plain
 from burnish.measure.memory import MemoryMeter
 from burnish.models.checkpoint import read_config
 from burnish.models.host_memory import trim_heap
+from burnish.pipeline.calibration_rows import calibration_rows, refuse_gate_rows
 from burnish.pipeline.disk import folder_bytes
-from burnish.pipeline.examples import DataConfig, held_out, prepare
+from burnish.pipeline.examples import held_out
 from burnish.pipeline.gates import GateOptions, GateResult, gate_error, judge, quantize_limits
-from burnish.pipeline.manifest import write_manifest
-from burnish.pipeline.opening import Opened, Source, check_output, data_of, open_decoder
+from burnish.pipeline.manifest import withdraw_manifest, write_manifest
+from burnish.pipeline.opening import Opened, Source, check_not_parent, check_output, data_of, open_decoder
 from burnish.pipeline.predicted import predicted_quantize_peak
 from burnish.pipeline.progress import Progress, silent, tell_nobody
 from burnish.pipeline.qat import TRAINABLE, Qat, QatConfig, check_qat, rotated, train_quantized
-from burnish.pipeline.task_gate import compare_on_task
+from burnish.pipeline.task_gate import check_score_drop, compare_on_task
 from burnish.pipeline.training_data import Row
 from burnish.pipeline.unfinished_quantization import check_resume, is_unfinished, open_partial
 
@@ -114,7 +115,8 @@ def quantize(
         parent = open_decoder(model, source)
         if parent.adapter is not None:
             raise ConfigError(f"{model} is an adapter", remedy="Merge it first: burnish merge ADAPTER --out DIR")
-        if "quantization_config" in read_config(parent.folder):
+        check_not_parent(folder, parent)
+        if read_config(parent.folder).get("quantization_config") is not None:
             raise ConfigError(f"{model} is quantized already", remedy="Start from its dense parent.")
         longest = parent.decoder.config.max_position_embeddings
         recorded = data_of(parent)
@@ -122,10 +124,8 @@ def quantize(
         calibrates = mixed is not None or config.needs_calibration
         tokens = [list(row.tokens) for row in rows[:num_samples]] if calibrates else None
         gate_examples = held_out(parent.tokenizer, data=data, recorded=recorded, longest=longest)
-        if calibration_source is not None and data == calibration_source:
-            raise DataError(
-                "the gate's rows are the calibration rows", got=data, remedy="Give held-out rows with --gate-data."
-            )
+        refuse_gate_rows(calibration_source, data=data, recorded=recorded)
+        check_score_drop(gate_options, data=data, recorded=recorded)
         partial = open_partial(folder, parent, config, mixed, tokens, resume=resume, notify=notify)
         predicted = predicted_quantize_peak(parent.decoder, config=config, num_tokens=sum(map(len, tokens or ())))
         child = load_model(
@@ -159,12 +159,12 @@ def quantize(
             dense = rotated(parent, source) if config.rotate else parent.decoder
             trained = train_quantized(child, dense, rows, qat, partial=partial, progress=progress, notify=notify)
         save(folder, parent.folder)
+        withdraw_manifest(folder)
         del child, save
         trim_heap()
         stored = load_model(folder, dtype=parent.decoder.dtype, device=source.device)
         compared = stored if kv_dtype == "auto" else RoundedCacheModel(stored)
         comparison = compare_models(compared, parent.decoder, gate_examples.examples)
-    partial.clear()
     task = compare_on_task(
         stored,
         parent.decoder,
@@ -175,6 +175,7 @@ def quantize(
         kv_dtype=kv_dtype,
         progress=progress,
     )
+    partial.clear()  # until here a run that was ended goes on from it
     limits = limits or quantize_limits(result.bits_per_weight if result.widths else result.config.bits)
     gate = judge(comparison, gate_options.applied(limits), layers=result.layers, task=task)
     record = QuantizeRecord(
@@ -231,17 +232,8 @@ def _rows(
                 f"{config.method} takes no calibration data", got=calibration, remedy="Use --method gptq."
             )
         return [], None
-    recorded = data_of(parent) or {}
-    chosen = calibration or recorded.get("source") or "text-to-sql:train"
-    columns = recorded.get("columns") if chosen == recorded.get("source") else None
-    rows = DataConfig(
-        source=str(chosen),
-        template=str(recorded.get("template") or template),
-        columns=columns if isinstance(columns, dict) else None,
-        limit=max(num_samples, 0 if qat is None else qat.num_rows),
-    )
-    prepared = prepare(rows, parent.tokenizer, longest=parent.decoder.config.max_position_embeddings)
-    return prepared.examples.examples, str(chosen)
+    limit = max(num_samples, 0 if qat is None else qat.num_rows)
+    return calibration_rows(parent, calibration, template=template, limit=limit)
 
 
 def _linears(decoder: torch.nn.Module) -> list[str]:
@@ -271,9 +263,9 @@ def _remedy(
         advice.insert(0, "--method gptq")
     else:
         advice.append("more --samples")
-        if config.corrects and not config.activation_order:
+        if config.corrects and not config.activation_order and (config.layout == "gptq" or config.group_size == -1):
             advice.append("--act-order")
-    if config.corrects and not config.match_parent:
+    if config.corrects and config.true_sequential and not config.match_parent:
         advice.append("--match-parent --refine 3")
     if config.method in TRAINABLE:
         advice.append("--qat 200" if qat is None else "more steps of --qat")

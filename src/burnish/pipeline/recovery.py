@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,8 +39,10 @@ class RecoverConfig:
         for name, value in (("recover", self.steps), ("rank", self.rank), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ConfigError(f"{name} is out of range", got=value, expected="1 or more")
-        if not self.learning_rate > 0:
-            raise ConfigError("learning_rate is out of range", got=self.learning_rate, expected="more than 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(
+                "learning_rate is out of range", got=self.learning_rate, expected="more than 0, and finite"
+            )
 
     @property
     def num_rows(self) -> int:

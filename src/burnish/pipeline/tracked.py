@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from burnish.errors import BurnishError
 from burnish.measure.json_values import to_plain
 from burnish.pipeline.manifest import MANIFEST_NAME, read_manifest
 from burnish.track.making import make_tracker
@@ -62,7 +63,7 @@ class TrackedStage:
     def failed_in(self, folder: Path | None) -> None:
         """The stage has raised: what it wrote until then, if that is of this run."""
         if folder is not None and (folder / MANIFEST_NAME).is_file():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, BurnishError):  # what failed first is what people have to know
                 if (folder / MANIFEST_NAME).stat().st_mtime >= self._began_s - 1:
                     self.made(folder, passed=False)
 

@@ -43,6 +43,7 @@ from burnish.train.distributed import Ranks, single
 from burnish.train.freezing import BASE_FORMATS
 from burnish.train.inputs import order_of_rows, total_steps
 from burnish.train.lora import LoraConfig, attach_lora
+from burnish.train.precision import dtype_to_load
 from burnish.train.results import TrainResult
 from burnish.train.stopping import StopRequest, stop_on_signals
 from burnish.train.trainer import train
@@ -157,7 +158,7 @@ def tune(
         streaming: keep tokenized rows on disk (see `data.token_cache`), for data sets larger than memory.
         memory: most that the run may take ("2GiB", bytes): micro-batches, checkpointing, and where they are "auto" the
             precision and the base's dtype, are chosen to fit (see `tune_fit.py`). `config.rows_per_step` stays.
-        source: dtype, device and threads.
+        source: dtype, device and threads; dtype "auto" is that which the run computes in (see `dtype_to_load`).
         overwrite: write into a folder that holds something; one that holds an unfinished run is resumed without it.
         resume: whether to go on with an unfinished run; `ResumeConfig()` when None.
         tracker: mirrors the run: settings, every step and evaluation, and what came out. It may fail.
@@ -204,6 +205,8 @@ def tune(
         else:
             config, dtype = kept_of(unfinished, config)
             source = replace(source, dtype=dtype)
+    elif source.dtype == "auto":
+        source = replace(source, dtype=dtype_to_load(config, source.device, sharded=ranks.shards_model))
     with MemoryMeter() as meter:
         opened = open_decoder(model, source, frozen=base_format)
         loaded_bytes = max(0, meter.growth_bytes)

@@ -17,7 +17,7 @@ from burnish.train.fitting import in_words
 from burnish.train.freezing import BASE_FORMATS
 from burnish.train.inputs import order_of_rows, total_steps, total_tokens
 from burnish.train.lora import LoraConfig, attach_lora
-from burnish.train.precision import resolve_precision
+from burnish.train.precision import dtype_to_load, resolve_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,8 @@ def rehearse(
     if memory is not None:
         config, fit = fitting.choose(parse_bytes(memory, name="memory"))
         source = replace(source, dtype=fit.dtype)
+    elif source.dtype == "auto":
+        source = replace(source, dtype=dtype_to_load(config, source.device))
     opened = open_decoder(model, source, frozen=BASE_FORMATS.get(config.method))
     if config.method != "full":
         attach_lora(opened.decoder, lora, seed=config.seed)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,9 +78,10 @@ def collect(
         overwrite: replace a file that is there.
 
     Raises:
-        ConfigError: there is no such job, or `out` cannot be written to.
+        ConfigError: there is no such job, or `out` cannot be written to (see `check_out`).
         BurnishError: the job is not finished.
     """
+    check_out(out, overwrite=overwrite)
     job = store.job(job_id)
     left = store.counts([job.job_id])[job.job_id].unfinished
     if not job.complete:
@@ -93,7 +94,7 @@ def collect(
             remedy="Add --wait, or --partial to leave them out.",
         )
     rows = errors = 0
-    with _opened(out, overwrite=overwrite) as sink:
+    with _opened(out) as sink:
         write = _write_parquet if form == "parquet" else _write_lines
 
         def counted() -> Iterator[dict[str, Any]]:
@@ -136,30 +137,46 @@ def _write_parquet(sink: Sink, rows: Iterator[dict[str, Any]]) -> None:
             writer.write_table(arrow.Table.from_pylist(page, schema=schema))
 
 
+def check_out(out: str, *, overwrite: bool) -> None:
+    """Say what is wrong with a place to write to before there is anything to write.
+
+    Raises:
+        ConfigError: it is malformed, there already, no file, or in no folder.
+    """
+    if out == "-":
+        return
+    if out.startswith("s3://"):
+        parse_s3(out)
+        return
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise ConfigError(f"--out {out} is no file", expected="a file, s3://BUCKET/KEY, or - for stdout")
+    if os.path.exists(out) and not overwrite:
+        raise ConfigError(f"--out {out} is there already", remedy="Choose another file, or add --overwrite.")
+    if not os.path.isdir(Path(out).parent):
+        raise ConfigError(f"--out {out} cannot be written to", got=f"no folder {Path(out).parent}")
+
+
 @contextmanager
-def _opened(out: str, *, overwrite: bool) -> Iterator[Any]:
+def _opened(out: str) -> Iterator[Any]:
     if out == "-":
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
     elif out.startswith("s3://"):
-        parse_s3(out)
         sink = S3Writer(out)
         try:
             yield sink
             sink.finish()
         except BaseException:
-            if not sink.closed:
+            with suppress(BurnishError):  # what happened first is what people have to know
                 sink.abort()
             raise
     else:
-        with _file(Path(out), overwrite=overwrite) as sink:
+        with _file(Path(out)) as sink:
             yield sink
 
 
 @contextmanager
-def _file(path: Path, *, overwrite: bool) -> Iterator[Any]:
-    if path.exists() and not overwrite:
-        raise ConfigError(f"--out {path} is there already", remedy="Choose another file, or add --overwrite.")
+def _file(path: Path) -> Iterator[Any]:
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with part.open("wb") as sink:
@@ -170,4 +187,5 @@ def _file(path: Path, *, overwrite: bool) -> Iterator[Any]:
     except OSError as error:
         raise ConfigError(f"--out {path} cannot be written to", got=error.strerror or error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()

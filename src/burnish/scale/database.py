@@ -9,6 +9,7 @@ import logging
 import random
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,30 +35,39 @@ EXPECTED_URL = "sqlite:///FILE, mysql://USER:PASSWORD@HOST/DATABASE or postgresq
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 # Connections that are lost are mended, not told.
 logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
-# Words of errors that no waiting mends: a wrong password, a missing database, a folder that is not there.
-_PERMANENT = (
-    "access denied",
-    "unknown database",
-    "authentication failed",
-    "does not exist",
-    "doesn't exist",
-    "no such",
-    "has no column",
-    "unknown column",
-    "unable to open database file",
-    "not a database",
-    "readonly database",
-    "malformed",
-    "permission denied",
-    "disk is full",
-    "disk full",
-    "no password supplied",
-    "name or service not known",
-    "syntax",
-)
+# Words of errors that no waiting mends: a wrong password, a missing database, a folder that is not there. An unknown
+# host and a missing socket are not among them: a service that is started again has neither meanwhile.
+_PERMANENT = {
+    "sqlite": (
+        "no such",
+        "has no column",
+        "unable to open database file",
+        "not a database",
+        "readonly database",
+        "malformed",
+        "disk is full",
+        "disk full",
+        "syntax",
+    ),
+    "postgresql": (
+        "authentication failed",
+        "does not exist",
+        "no password supplied",
+        "no pg_hba.conf entry",
+        "permission denied",
+        "invalid connection option",
+        "syntax",
+    ),
+}
 # MySQL: too many connections, a table that somebody else made meanwhile, shutting down, lock wait timeout, deadlock,
 # killed, read-only while it restarts, lost.
 _PASSING_MYSQL = {1040, 1050, 1053, 1205, 1213, 1317, 1290, 1792, 1927, 2002, 2003, 2006, 2013, 2014, 2055}
+# A server that hangs, or a network that swallows packets, is noticed: MySQL's answers are not waited for without end,
+# and PostgreSQL is asked whether it is still there. Locks are waited for less long.
+_WAITS: dict[str, dict[str, int]] = {
+    "mysql": {"read_timeout": 600, "write_timeout": 600},
+    "postgresql": {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 6, "tcp_user_timeout": 90_000},
+}
 
 
 class Database:
@@ -83,7 +93,7 @@ class Database:
         self._clock_offset_s = 0.0
 
     def __str__(self) -> str:
-        return self.url.render_as_string(hide_password=True)
+        return self.url.set(drivername=self.url.get_backend_name()).render_as_string(hide_password=True)
 
     def open(self) -> None:
         """Make the tables that are missing, and compare clocks.
@@ -92,7 +102,11 @@ class Database:
             BurnishError: the database cannot be reached.
             ConfigError: it refuses us.
         """
-        self._repeated(lambda: metadata.create_all(self._engine), why="the tables cannot be made")
+        try:
+            self._repeated(lambda: metadata.create_all(self._engine), why="the tables cannot be made")
+        except (TypeError, ValueError, OverflowError, RuntimeError, ImportError) as error:
+            # What a driver raises of options that it does not know, and of packages that it lacks.
+            raise ConfigError(f"{self}: it cannot be connected to", got=error, expected=EXPECTED_URL) from error
         query = {
             "mysql": "SELECT UNIX_TIMESTAMP(NOW(6))",
             "postgresql": "SELECT EXTRACT(EPOCH FROM clock_timestamp())",
@@ -155,7 +169,7 @@ class Database:
                         f"{self}: {why}", got=said, remedy="Is it running, and the URL right?"
                     ) from error
             except exc.TimeoutError as error:  # of the pool: every connection is held by a thread that waits
-                if time.monotonic() > ends_s:
+                if time.monotonic() > ends_s or self._stopped.is_set():
                     raise BurnishError(f"{self}: {why}", got=error) from error
             # Spread out, or workers that collided would collide again.
             self._stopped.wait(min(pause_s * random.uniform(0.5, 1.5), max(0.0, ends_s - time.monotonic())))
@@ -168,8 +182,14 @@ class Database:
         else:
             # Rows that others read stay unlocked, so that workers do not wait for each other.
             options |= {"isolation_level": "READ COMMITTED", "pool_size": 8, "pool_timeout": 30}
-            options["connect_args"] = {"connect_timeout": 10}
-        engine = sql.create_engine(self.url, **options)
+            waits = {"connect_timeout": 10, **_WAITS[self.kind]}
+            options["connect_args"] = {name: value for name, value in waits.items() if name not in self.url.query}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", exc.SAWarning)  # of options that would be ignored
+                engine = sql.create_engine(self.url, **options)
+        except (TypeError, ValueError, exc.SAWarning) as error:
+            raise ConfigError(f"{self}: it has an option that is not usable", got=error) from error
         if self.kind == "sqlite":
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
@@ -192,7 +212,8 @@ def parse_url(text: str) -> URL:
     except (exc.ArgumentError, ValueError) as error:
         raise ConfigError("--store is malformed", expected=EXPECTED_URL) from error
     name = url.drivername.partition("+")[0]
-    if name not in DRIVERS or not url.database:
+    usable = name in DRIVERS and url.database not in (None, "", ":memory:")
+    if not usable or not 0 < (1 if url.port is None else url.port) < 65536:
         got = url.render_as_string(hide_password=True)
         raise ConfigError("--store names no database that is supported", got=got, expected=EXPECTED_URL)
     module = {"mysql": "pymysql", "mariadb": "pymysql", "postgresql": "psycopg", "postgres": "psycopg"}.get(name)
@@ -224,7 +245,7 @@ def _may_pass(error: exc.DBAPIError, kind: str) -> bool:
         code = cause.args[0] if getattr(cause, "args", None) else None
         return error.connection_invalidated or code in _PASSING_MYSQL or code == 0
     said = str(cause).lower()
-    if any(words in said for words in _PERMANENT):
+    if any(words in said for words in _PERMANENT[kind]):
         return False
     if kind == "postgresql" and not isinstance(error, (exc.OperationalError, exc.InterfaceError)):
         # Serialization failure, deadlock, a table that somebody else made meanwhile (both), shutting down or starting.

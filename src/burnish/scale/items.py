@@ -121,11 +121,21 @@ def read_items(path: Path, *, name: str, rank: int = 1, as_chat: bool = False) -
 
 
 def digest_of(items: Iterator[Item], params: Mapping[str, Any]) -> tuple[int, str]:
-    """How many items there are, and a hash of all of them with the job's parameters."""
+    """How many items there are, and a hash of all of them with the job's parameters.
+
+    Raises:
+        DataError: parameters of an item do not go with the job's.
+        RequestError: the job's own are out of range.
+    """
     digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode())
     count = 0
     for item in items:
-        merged_params(params, item.params)  # a bad parameter is told now, and not by a thousand error rows
+        try:
+            merged_params(params, item.params)  # a bad parameter is told now, and not by a thousand error rows
+        except RequestError as error:
+            if item.params is None:
+                raise
+            raise _of(f"item {count}", error) from error
         digest.update(json.dumps([item.prompt, item.name, item.params, item.rank], sort_keys=True).encode())
         count += 1
     return count, digest.hexdigest()
@@ -134,8 +144,13 @@ def digest_of(items: Iterator[Item], params: Mapping[str, Any]) -> tuple[int, st
 def _item(line: str, where: str, rank: int) -> Item:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError
         raise DataError(f"{where} is not JSON", got=error) from error
+    if "\\ud" in line.lower():
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # no database and no tokenizer takes it
+            raise DataError(f"{where} holds half of a surrogate pair, which is no character") from error
     if not isinstance(row, dict):
         raise DataError(f"{where} is no JSON object", got=type(row).__name__, expected=_EXPECTED)
     for key in row:
@@ -155,8 +170,8 @@ def _item(line: str, where: str, rank: int) -> Item:
         try:
             merged_params({}, params)
         except RequestError as error:
-            raise DataError(f"{where}: {error.what}", got=error.got, expected=error.expected) from error
-    if own is not None and (not isinstance(own, (str, int)) or isinstance(own, bool) or len(str(own)) > 255):
+            raise _of(where, error) from error
+    if own is not None and not _is_name(own):
         raise DataError(f"{where} has a malformed id", expected="a text of at most 255 characters, or an integer")
     priority = row.get("priority")
     return Item(
@@ -167,11 +182,21 @@ def _item(line: str, where: str, rank: int) -> Item:
     )
 
 
+def _of(where: str, error: RequestError) -> DataError:
+    return DataError(f"{where}: {error.what}", got=error.got, expected=error.expected, remedy=error.remedy)
+
+
 def _is_prompt(value: Any, *, messages: bool) -> bool:
     """A prompt that is empty or too long for the model is the worker's to judge: it becomes an error row."""
     if messages:
         return isinstance(value, list) and bool(value) and all(map(_is_message, value))
     return isinstance(value, str) or (isinstance(value, list) and all(type(token) is int for token in value))
+
+
+def _is_name(value: Any) -> bool:
+    """A NUL is a character that PostgreSQL does not store."""
+    good = isinstance(value, (str, int)) and not isinstance(value, bool)
+    return good and len(str(value)) <= 255 and "\0" not in str(value)
 
 
 def _is_message(value: Any) -> bool:

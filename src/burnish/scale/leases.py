@@ -34,6 +34,7 @@ class LeasingConsumer:
         self._held: set[Key] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._pause_s = 0.0
 
     @property
     def ready(self) -> bool:
@@ -41,17 +42,18 @@ class LeasingConsumer:
         return False
 
     def take(self, limit: int, *, timeout_s: float) -> list[Delivery]:
-        """See `Consumer.take`; the table is looked at again and again, more rarely while nothing comes."""
-        ends_s, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
+        """See `Consumer.take`; the table is looked at once at least, ever more rarely while nothing comes."""
+        ends_s = time.monotonic() + timeout_s
         while True:
+            left_s = ends_s - time.monotonic()
+            if self._pause_s and left_s > 0:
+                self._closed.wait(min(self._pause_s, left_s))
             taken = self._database.write(lambda connection: self._claim(connection, limit))
             with self._lock:
                 self._held |= {delivery.key for delivery in taken}
-            left_s = ends_s - time.monotonic()
-            if taken or left_s <= 0 or self._closed.is_set():
+            self._pause_s = 0.0 if taken else min(max(_FIRST_PAUSE_S, self._pause_s * 2), _LONGEST_PAUSE_S)
+            if taken or time.monotonic() >= ends_s or self._closed.is_set():
                 return taken
-            self._closed.wait(min(pause_s, left_s))
-            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
     def is_current(self, delivery: Delivery) -> bool:
         with self._lock:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from burnish.errors import ConfigError
 from burnish.scale.brokers import Publisher
@@ -43,13 +44,21 @@ class QueueAddress:
 
 
 @contextmanager
-def open_store(address: QueueAddress, *, patience_s: float = COMMAND_PATIENCE_S) -> Iterator[JobStore]:
+def open_store(
+    address: QueueAddress, *, patience_s: float = COMMAND_PATIENCE_S, makes: bool = True
+) -> Iterator[JobStore]:
     """The queue's database, its tables made where they are missing.
+
+    Args:
+        makes: the file of SQLite too; without it a file that is not there is an error.
 
     Raises:
         ConfigError, BurnishError, MissingExtraError: see `Database`.
     """
     database = Database(address.store, patience_s=patience_s)
+    file = str(database.url.database)
+    if not makes and database.kind == "sqlite" and not (file.startswith("file:") or Path(file).exists()):
+        raise ConfigError(f"there is no queue in {database}", remedy="Give --store as it was given to submit.")
     try:
         database.open()
         yield JobStore(database)
@@ -58,8 +67,13 @@ def open_store(address: QueueAddress, *, patience_s: float = COMMAND_PATIENCE_S)
 
 
 @contextmanager
-def open_publisher(address: QueueAddress, *, patience_s: float = COMMAND_PATIENCE_S) -> Iterator[Publisher]:
+def open_publisher(
+    address: QueueAddress, *, patience_s: float = COMMAND_PATIENCE_S, makes: bool = True
+) -> Iterator[Publisher]:
     """The queue's broker, to send to; without one the database is the queue.
+
+    Args:
+        makes: the broker's queues, where they are missing; without it only `depths` may be asked.
 
     Raises:
         ConfigError, BurnishError, MissingExtraError: see `RabbitPublisher`.
@@ -68,7 +82,7 @@ def open_publisher(address: QueueAddress, *, patience_s: float = COMMAND_PATIENC
     if address.broker is not None:
         from burnish.scale.rabbit_publisher import RabbitPublisher
 
-        publisher = RabbitPublisher(address.broker, queue=address.queue, patience_s=patience_s)
+        publisher = RabbitPublisher(address.broker, queue=address.queue, patience_s=patience_s, makes=makes)
     try:
         yield publisher
     finally:

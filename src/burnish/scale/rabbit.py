@@ -15,6 +15,7 @@ import threading
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from burnish._optional import require
 from burnish.errors import BurnishError, ConfigError
@@ -71,8 +72,18 @@ def dead_name(queue: str) -> str:
 
 def check_url(url: str) -> None:
     """Raises ConfigError unless it is an AMQP URL."""
-    if not re.match(r"amqps?://[^/\s]+", url):
-        raise ConfigError("--broker is malformed", expected="amqp://USER:PASSWORD@HOST:PORT/VHOST, or amqps://...")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("amqp", "amqps") and bool(parts.hostname) and parts.port != 0 and " " not in url
+    except ValueError:
+        good = False
+    if not good:
+        raise _malformed(None)
+
+
+def _malformed(error: Exception | None) -> ConfigError:
+    expected = "amqp://USER:PASSWORD@HOST:PORT/VHOST, or amqps://..."
+    return ConfigError("--broker is malformed", got=error, expected=expected)
 
 
 def hidden(url: str) -> str:
@@ -81,15 +92,26 @@ def hidden(url: str) -> str:
 
 
 async def connect(url: str, *, name: str) -> Any:
-    """One connection that does not mend itself: whoever holds it knows what has to be done again."""
+    """One connection that does not mend itself: whoever holds it knows what has to be done again.
+
+    Raises:
+        ConfigError: the URL is malformed.
+        Exception: one of `passing_errors`.
+    """
     library = load_library()
     from yarl import URL
 
-    address = URL(url)
-    address = address.update_query({"heartbeat": str(HEARTBEAT_S), "name": name, **address.query})
-    connection = library.Connection(address)
+    try:
+        address = URL(url)
+        address = address.update_query({"heartbeat": str(HEARTBEAT_S), "name": name, **address.query})
+        connection = library.Connection(address)
+    except ValueError as error:
+        raise _malformed(error) from error
     try:
         await connection.connect(timeout=CONNECT_S)
+    except UnicodeError as error:  # a host that no name server could be asked for
+        await connection.close()
+        raise _malformed(error) from error
     except BaseException:
         await connection.close()  # or it would try to when it is collected, in whatever thread that is
         raise
@@ -101,7 +123,9 @@ async def declare(connection: Any, channel: Any, queue: str) -> tuple[list[Any],
 
     Queues made now are left alone for `SETTLE_S` before anything is put into them.
     """
-    missing = not await _are_there(connection, [*level_names(queue), dead_name(queue)])
+    missing = False
+    for name in (*level_names(queue), dead_name(queue)):
+        missing = missing or await depth(connection, name) is None
     options = {"durable": True, "timeout": ANSWER_S}
     dead = await channel.declare_queue(dead_name(queue), arguments={"x-queue-type": "quorum"}, **options)
     arguments = {
@@ -116,15 +140,15 @@ async def declare(connection: Any, channel: Any, queue: str) -> tuple[list[Any],
     return levels, dead
 
 
-async def _are_there(connection: Any, names: list[str]) -> bool:
+async def depth(connection: Any, name: str) -> int | None:
+    """Messages that wait in a queue; None where there is no such queue."""
     channel = await connection.channel(publisher_confirms=False)
     try:
-        for name in names:
-            await channel.declare_queue(name, passive=True, timeout=ANSWER_S)
+        queue = await channel.declare_queue(name, passive=True, timeout=ANSWER_S)
     except load_library().exceptions.ChannelNotFoundEntity:
-        return False  # and the server closed the channel
+        return None  # and the server closed the channel
     await channel.close()
-    return True
+    return queue.declaration_result.message_count
 
 
 def to_body(key: Key) -> bytes:
@@ -146,6 +170,11 @@ def passing_errors() -> tuple[type[BaseException], ...]:
     return (*load_library().exceptions.CONNECTION_EXCEPTIONS, asyncio.TimeoutError)
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether reconnecting may mend it; what waits while a connection ends without a reason gets a bare Exception."""
+    return isinstance(error, passing_errors()) or type(error) is Exception
+
+
 def refusal(error: BaseException, url: str) -> BurnishError | None:
     """The error to end with where the server answered and does not want us."""
     import aiormq.exceptions
@@ -154,6 +183,7 @@ def refusal(error: BaseException, url: str) -> BurnishError | None:
         aiormq.exceptions.AuthenticationError,
         aiormq.exceptions.ProbableAuthenticationError,
         aiormq.exceptions.ConnectionNotAllowed,
+        aiormq.exceptions.ChannelAccessRefused,
         aiormq.exceptions.ChannelPreconditionFailed,
     )
     if isinstance(error, refused):
@@ -163,7 +193,11 @@ def refusal(error: BaseException, url: str) -> BurnishError | None:
 
 
 def unreachable(error: BaseException | None, url: str) -> BurnishError:
+    """The error to end with where nothing helped."""
     said = " ".join(str(error).split()) or type(error).__name__
+    if "Connection.Close" in said:
+        remedy = "Is there such a virtual host, and may the user have it?"
+        return BurnishError(f"the broker {hidden(url)} ends the connection as it begins", remedy=remedy)
     return BurnishError(
         f"the broker {hidden(url)} does not answer", got=said, remedy="Is RabbitMQ running, and the URL right?"
     )

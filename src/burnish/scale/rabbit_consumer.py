@@ -125,6 +125,18 @@ class RabbitConsumer:
             future.add_done_callback(self._settling.discard)
 
     async def _serve(self) -> None:
+        try:
+            await self._serve_patiently()
+        except Exception as error:  # or the worker would wait for ever for what nobody receives
+            failure = error if isinstance(error, BurnishError) else rabbit.unreachable(error, self._url)
+            self._fail(failure)
+
+    def _fail(self, failure: BurnishError) -> None:
+        with self._changed:
+            self._failure = failure
+            self._changed.notify_all()
+
+    async def _serve_patiently(self) -> None:
         pauses, ends_s = rabbit.pauses(), time.monotonic() + self._patience_s
         while not self._closing:
             connection, error = None, None
@@ -136,7 +148,7 @@ class RabbitConsumer:
                     self._on_lost("the broker is there again")
                 pauses = rabbit.pauses()
                 await self._watch(connection)
-            except rabbit.passing_errors() as lost:
+            except Exception as lost:
                 error = lost
             had = self._forget()
             if connection is not None:
@@ -144,15 +156,15 @@ class RabbitConsumer:
                     await asyncio.wait_for(connection.close(), 3)
             if self._closing:
                 return
+            if error is not None and not rabbit.may_pass(error):
+                raise error
             if had:
                 ends_s = time.monotonic() + self._patience_s
                 self._on_lost("the connection to the broker was lost")
             # A server that is starting may refuse what it will grant, so only the first refusal is believed.
             refused = rabbit.refusal(error, self._url) if error is not None and not self._generation else None
             if refused is not None or time.monotonic() > ends_s:
-                with self._changed:
-                    self._failure = refused or rabbit.unreachable(error, self._url)
-                    self._changed.notify_all()
+                self._fail(refused or rabbit.unreachable(error, self._url))
                 return
             await asyncio.sleep(next(pauses))
 

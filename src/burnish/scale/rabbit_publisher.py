@@ -25,6 +25,7 @@ class RabbitPublisher:
 
     Args:
         patience_s: how long nothing at all may get through.
+        makes: the queues that are missing; without them nothing but `depths` may be asked.
 
     Raises:
         ConfigError: the URL is malformed, or the server refuses us.
@@ -32,12 +33,13 @@ class RabbitPublisher:
         MissingExtraError: aio-pika is not installed.
     """
 
-    def __init__(self, url: str, *, queue: str, patience_s: float = 15.0) -> None:
+    def __init__(self, url: str, *, queue: str, patience_s: float = 15.0, makes: bool = True) -> None:
         rabbit.check_url(url)
         self._library = rabbit.load_library()
         self._url = url
         self._queue = queue
         self._patience_s = patience_s
+        self._makes = makes
         self._connection: Any = None
         self._channel: Any = None
         self._queues: list[Any] = []
@@ -77,7 +79,7 @@ class RabbitPublisher:
                 answers = await asyncio.gather(
                     *[self._send(key, names[rank]) for key, rank in window], return_exceptions=True
                 )
-            except rabbit.passing_errors() as lost:
+            except Exception as lost:
                 answers, error = [lost] * len(window), lost
             failed = [ticket for ticket, answer in zip(window, answers) if isinstance(answer, BaseException)]
             left = failed + left[len(window) :]
@@ -85,7 +87,7 @@ class RabbitPublisher:
                 ends_s, pauses = time.monotonic() + self._patience_s, rabbit.pauses()
             if failed:
                 error = error or next(answer for answer in answers if isinstance(answer, BaseException))
-                if not isinstance(error, rabbit.passing_errors()):
+                if not rabbit.may_pass(error):
                     raise error
                 refused = rabbit.refusal(error, self._url)
                 if refused is not None or time.monotonic() > ends_s:
@@ -115,10 +117,10 @@ class RabbitPublisher:
             await message.nack(requeue=True)
 
     async def _depths(self) -> dict[str, int]:
-        await self._closed()  # counts come with declaring
         await self._opened()
-        counts = {level: queue.declaration_result.message_count for level, queue in zip(rabbit.LEVELS, self._queues)}
-        return {**counts, "dead": self._dead.declaration_result.message_count}
+        names = [*rabbit.level_names(self._queue), rabbit.dead_name(self._queue)]
+        found = [await rabbit.depth(self._connection, name) for name in names]
+        return {level: count or 0 for level, count in zip((*rabbit.LEVELS, "dead"), found)}
 
     async def _opened(self) -> None:
         if self._channel is not None and not self._channel.is_closed and not self._connection.is_closed:
@@ -126,7 +128,8 @@ class RabbitPublisher:
         await self._closed()
         self._connection = await rabbit.connect(self._url, name="burnish queue submit")
         self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
-        self._queues, self._dead = await rabbit.declare(self._connection, self._channel, self._queue)
+        if self._makes:
+            self._queues, self._dead = await rabbit.declare(self._connection, self._channel, self._queue)
 
     async def _closed(self) -> None:
         connection, self._connection, self._channel = self._connection, None, None
@@ -150,5 +153,7 @@ class RabbitPublisher:
     async def _tried(self, work: Callable[[], Awaitable[T]]) -> tuple[Any, BaseException | None]:
         try:
             return await work(), None
-        except rabbit.passing_errors() as error:
+        except Exception as error:
+            if not rabbit.may_pass(error):
+                raise
             return None, error

@@ -11,7 +11,6 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from burnish.errors import BurnishError
 from burnish.scale.database import Database
 from burnish.scale.opening import WORKER_PATIENCE_S, open_store
 from burnish.scale.ray_resources import WorkerResources
@@ -302,7 +301,7 @@ class _Gauge:
     def __init__(self, read: Callable[[], int]) -> None:
         self._read = read
         self._value: int | None = None
-        self._error: BurnishError | None = None
+        self._error: Exception | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="burnish-gauge", daemon=True)
 
@@ -327,7 +326,7 @@ class _Gauge:
         while not self._stopped.is_set():
             try:
                 self._value = self._read()
-            except BurnishError as error:
+            except Exception as error:
                 self._error = error
                 return
             self._stopped.wait(_LOOK_S)

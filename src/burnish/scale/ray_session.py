@@ -29,6 +29,8 @@ AUTO = "auto"
 _OBJECT_STORE_BYTES = 100 * 2**20
 _EXPECTED = "local, auto, HOST:PORT or ray://HOST:PORT"
 _STARTS = 3
+_PROBE_S = 10.0
+_ATTEMPTS = "RAY_gcs_server_port_wait_time_s"
 _NO_CLUSTER = "Could not find any running Ray instance"
 
 
@@ -115,17 +117,24 @@ def open_ray(address: str, *, cpus: float, gpus: float = 0.0) -> Iterator[RaySes
 
 
 def _check(address: str) -> None:
-    if address in (LOCAL, AUTO):
-        return
+    if address not in (LOCAL, AUTO) and _place(address) is None:
+        raise ConfigError("--ray is malformed", got=repr(address), expected=_EXPECTED)
+
+
+def _place(address: str) -> tuple[str, int] | None:
+    """Host and port of HOST:PORT or ray://HOST:PORT."""
     host, sign, port = address.removeprefix("ray://").rpartition(":")
     if not sign or not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
-        raise ConfigError("--ray is malformed", got=repr(address), expected=_EXPECTED)
+        return None
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _join(ray: Any, address: str) -> str | None:
     """Connect; returns the address, or None where "auto" found no cluster."""
+    _probe(os.environ.get("RAY_ADDRESS", "") if address == AUTO else address)
     try:
-        context = ray.init(address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        with _few_attempts():
+            context = ray.init(address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
     except Exception as error:
         said = " ".join(str(error).split())
         if address == AUTO and _NO_CLUSTER in said and not os.environ.get("RAY_ADDRESS"):
@@ -137,6 +146,35 @@ def _join(ray: Any, address: str) -> str | None:
             remedy = "Use the same versions of Ray and Python here and there."
         raise WorkerError(f"the Ray cluster {address} cannot be joined", got=said[:300], remedy=remedy) from error
     return str(getattr(context, "address_info", {}).get("address") or address)
+
+
+def _probe(address: str) -> None:
+    """Ask whether anybody listens there: Ray itself would try for a quarter of an hour.
+
+    Raises:
+        WorkerError: nobody does.
+    """
+    place = _place(address)
+    if place is None:
+        return
+    try:
+        socket.create_connection(place, _PROBE_S).close()
+    except (OSError, UnicodeError) as error:
+        got = getattr(error, "strerror", None) or error
+        remedy = "Is it running, and reachable from here?"
+        raise WorkerError(f"the Ray cluster {address} cannot be joined", got=got, remedy=remedy) from error
+
+
+@contextmanager
+def _few_attempts() -> Iterator[None]:
+    """Where something else listens, each of Ray's attempts takes 40 s: two of them instead of twenty."""
+    given = os.environ.get(_ATTEMPTS)
+    os.environ.setdefault(_ATTEMPTS, "2")
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[_ATTEMPTS]
 
 
 def _start(ray: Any, folders: list[str], *, cpus: float, gpus: float) -> str:
@@ -226,3 +264,17 @@ def explain_local_only(what: str, session: RaySession) -> BurnishError | None:
         f"{what} is on this machine alone, and the Ray cluster has others: {shown}",
         remedy="Name a server that every node reaches by its host's name.",
     )
+
+
+def free_port(host: str) -> int:
+    """A port of this machine that nobody listens on at this moment.
+
+    Raises:
+        ConfigError: the address is none of this machine.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}: {error.strerror or error}") from error

@@ -6,14 +6,13 @@ Rank 0 is the worker's own actor, which has the engine. It starts the others, wh
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from burnish.errors import ConfigError, WorkerError
+from burnish.errors import ConfigError
 from burnish.scale.ray_resources import WorkerResources
+from burnish.scale.ray_session import free_port
 
 _FOUND_S = 1.0
 
@@ -37,31 +36,6 @@ class Shards:
     @property
     def ranks(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel
-
-
-class GroupLost(BaseException):
-    """A rank is gone, no item is at fault: no `Exception`, so that the worker ends instead of trying items alone."""
-
-
-class GroupEngine:
-    """A sharded engine for a `Worker`."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self.tokenizer = engine.tokenizer
-        self.submit = engine.submit
-        self.abort = engine.abort
-
-    def step(self) -> Any:
-        """One step of the engine.
-
-        Raises:
-            GroupLost: see there.
-        """
-        try:
-            return self._engine.step()
-        except WorkerError as error:
-            raise GroupLost(error.message) from error
 
 
 class Rank:
@@ -103,9 +77,7 @@ def leading(shards: Shards) -> Iterator[None]:
     group = ray.util.get_current_placement_group()
     assert group is not None
     host = ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port = probe.getsockname()[1]
+    port = free_port(host)
     meeting = {
         "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
@@ -113,6 +85,8 @@ def leading(shards: Shards) -> Iterator[None]:
         "LOCAL_RANK": "0",  # each rank sees its own card alone, wherever it is
         "LOCAL_WORLD_SIZE": "1",
     }
+    if "BURNISH_SHARD_TIMEOUT" in os.environ:
+        meeting["BURNISH_SHARD_TIMEOUT"] = os.environ["BURNISH_SHARD_TIMEOUT"]
     os.environ.update(meeting, RANK="0")
     ranks = []
     for rank in range(1, shards.ranks):

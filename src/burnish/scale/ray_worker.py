@@ -10,7 +10,7 @@ from typing import Any
 
 from burnish.errors import BurnishError, ConfigError
 from burnish.scale.opening import QueueAddress, open_worker
-from burnish.scale.ray_shards import GroupEngine, GroupLost, Shards, leading
+from burnish.scale.ray_shards import Shards, leading
 from burnish.scale.worker import Worker
 from burnish.scale.worker_settings import WorkerReport
 
@@ -77,8 +77,6 @@ class RayWorker:
                 return Ending(report=self._run())
             with leading(self._task.shards):
                 return Ending(report=self._run())
-        except GroupLost as error:
-            return Ending(error=str(error), exit_code=1)
         except BurnishError as error:
             return Ending(error=error.message, exit_code=error.exit_code)
         except MemoryError:
@@ -111,7 +109,7 @@ class RayWorker:
             )
         with open_worker(
             task.address,
-            self._open_engine,
+            lambda: task.open_engine(task.threads),
             model=task.model,
             slots=task.slots,
             name=self._name,
@@ -124,10 +122,6 @@ class RayWorker:
             if self._draining:  # asked meanwhile
                 worker.drain()
             return worker.run()
-
-    def _open_engine(self) -> Any:
-        engine = self._task.open_engine(self._task.threads)
-        return engine if self._task.shards is None else GroupEngine(engine)
 
     def _count(self, finished: int) -> None:
         self._finished = finished

@@ -41,7 +41,7 @@ class S3Writer(io.RawIOBase):
         exceptions = require("botocore.exceptions", extra="queue")
         self._url = url
         self._bucket, self._key = parse_s3(url)
-        self._errors = (exceptions.BotoCoreError, exceptions.ClientError)
+        self._errors = (exceptions.BotoCoreError, exceptions.ClientError, ValueError)  # the last of a wrong endpoint
         self._parts: list[dict[str, Any]] = []
         self._buffer = bytearray()
         self._written = 0
@@ -75,9 +75,13 @@ class S3Writer(io.RawIOBase):
         self._release()
 
     def abort(self) -> None:
-        """Leave nothing behind."""
-        self._tell(lambda: self._client.abort_multipart_upload(**self._upload))
-        self._release()
+        """Leave nothing behind; nothing happens after `finish`."""
+        if self.closed:
+            return
+        try:
+            self._tell(lambda: self._client.abort_multipart_upload(**self._upload))
+        finally:
+            self._release()
 
     def _send(self, data: bytes) -> None:
         number = len(self._parts) + 1

@@ -128,9 +128,9 @@ class JobStore:
         }
         self.database.write(lambda connection: connection.execute(self.database.insert_new(jobs), row))
         stored = self.job(job.job_id)
-        if (stored.digest, stored.queue) != (job.digest, job.queue):
+        if (stored.digest, stored.queue, stored.max_attempts) != (job.digest, job.queue, job.max_attempts):
             raise ConfigError(
-                f"there is a job {job.job_id} already, of other prompts, parameters or queue",
+                f"there is a job {job.job_id} already, of other prompts, parameters, queue or attempts",
                 remedy="Choose another --job, or leave it out.",
             )
         return stored
@@ -288,7 +288,8 @@ class JobStore:
         Raises:
             ConfigError: there is none of this name.
         """
-        found = self._jobs(jobs.c.job_id == job_id)
+        # MySQL compares no other characters with a name.
+        found = self._jobs(jobs.c.job_id == job_id) if job_id.isascii() else []
         if not found:
             raise ConfigError(f"there is no job {job_id} in {self.database}", remedy="See: burnish queue status")
         return found[0]

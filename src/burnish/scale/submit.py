@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from burnish.errors import BurnishError, DataError
 from burnish.scale.brokers import Publisher
-from burnish.scale.items import digest_of, merged_params, read_items
+from burnish.scale.items import Item, digest_of, merged_params, read_items
 from burnish.scale.rabbit import check_name
 from burnish.scale.reading import read_keys
 from burnish.scale.store import Job, JobStore
@@ -57,7 +58,7 @@ def submit_file(
         rank: of items that name no priority.
 
     Raises:
-        DataError: a line is malformed; nothing was stored.
+        DataError: a line is malformed, and nothing was stored; or the file changed meanwhile.
         RequestError: a parameter is out of range; nothing was stored.
         ConfigError: `job_id` is taken by another job.
     """
@@ -75,16 +76,27 @@ def submit_file(
             num_items=count,
         )
     )
-    if not job.complete:
-        items = read_items(path, name=source, rank=rank, as_chat=as_chat)
-        first = 0
-        while batch := list(itertools.islice(items, _PAGE)):
-            store.add_items(job, first, batch)
-            first += len(batch)
-            progress("Storing", first, count)
-        store.complete_job(job.job_id)
-    published = publish_waiting(store, publisher, job.job_id, total=count, progress=progress)
+    try:
+        if not job.complete:
+            _store(store, job, read_items(path, name=source, rank=rank, as_chat=as_chat), progress)
+        published = publish_waiting(store, publisher, job.job_id, total=count, progress=progress)
+    except DataError:
+        raise
+    except BurnishError as error:
+        remedy = f"Job {job.job_id} is there in part: repeat the command with --job {job.job_id} to add the rest."
+        raise type(error)(error.what, got=error.got, expected=error.expected, remedy=remedy) from error
     return Submitted(job_id=job.job_id, queue=queue, num_items=count, published=published)
+
+
+def _store(store: JobStore, job: Job, items: Iterator[Item], progress: Progress) -> None:
+    first = 0
+    while batch := list(itertools.islice(items, _PAGE)):
+        store.add_items(job, first, batch)
+        first += len(batch)
+        progress("Storing", first, job.num_items)
+    if first != job.num_items:
+        raise DataError(f"{job.source} changed while it was read", got=f"{first} prompts", expected=job.num_items)
+    store.complete_job(job.job_id)
 
 
 def retry(

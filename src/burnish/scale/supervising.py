@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 _POLL_S = 0.1
 _CALM_S = 60.0
 _LONGEST_PAUSE_S = 30.0
+_PR_SET_PDEATHSIG = 1
 # What starting again does not mend: usage, does not fit, an extra is missing.
 _FINAL_CODES = (2, 3, 6)
 
@@ -33,11 +36,13 @@ class Supervisor:
 
     Args:
         command: what a worker is, without the interpreter: arguments of `python -m burnish`.
+        own: variables of one worker alone, by its number from 0.
         say: told in words when a worker died.
     """
 
     command: Sequence[str]
     count: int
+    own: Callable[[int], Mapping[str, str]] = lambda number: {}
     say: Callable[[str], None] = lambda text: None
     _draining: bool = False
     _places: list[_Place] = field(default_factory=list)
@@ -73,8 +78,12 @@ class Supervisor:
                 place.code = 0
             elif now >= place.again_at:
                 # A session of its own: Ctrl-C reaches it through `drain` alone, and once.
-                command = [sys.executable, "-m", "burnish", *self.command]
-                place.process = subprocess.Popen(command, start_new_session=True)
+                place.process = subprocess.Popen(
+                    [sys.executable, "-m", "burnish", *self.command],
+                    env={**os.environ, **self.own(number - 1)},
+                    start_new_session=True,
+                    preexec_fn=_draining_with(os.getpid()),
+                )
                 place.started = now
             return
         code = place.process.poll()
@@ -95,3 +104,28 @@ class Supervisor:
         for place in self._places:
             if place.process is not None and place.process.poll() is None:
                 place.process.send_signal(how)
+
+
+def _draining_with(parent: int) -> Callable[[], None] | None:
+    """For a child's first moment: have the system drain it when this process is gone, however that ends (Linux)."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+
+    def ask() -> None:
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(0)
+
+    return ask
+
+
+def card_of(number: int, *, visible: str | None, each: int = 1) -> dict[str, str]:
+    """The variables by which a worker sees its own cards alone, `each` of them.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES as it is; None where every card may be used.
+    """
+    first = number * each
+    every = [str(index) for index in range(first + each)] if visible is None else visible.split(",")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(every[first : first + each])}

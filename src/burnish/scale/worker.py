@@ -85,7 +85,7 @@ class Worker:
         """Work; returns after a drain, or when the queue is empty.
 
         Raises:
-            WorkerError: the engine fails again and again.
+            WorkerError: the engine fails again and again, or has lost one of its processes.
             BurnishError: the database or the broker was away for too long. What was unfinished goes to other workers.
         """
         started = time.monotonic()
@@ -164,6 +164,8 @@ class Worker:
     def _start(self, work: Work) -> None:
         try:
             self._running[self._engine.submit(work.loaded.prompt, work.params)] = work
+        except WorkerError:
+            raise
         except BurnishError as error:
             self._finish([Outcome(key=work.key, error=error.message)])
         except Exception as error:
@@ -172,6 +174,8 @@ class Worker:
     def _step(self) -> None:
         try:
             outputs = self._engine.step()
+        except WorkerError:
+            raise  # one of the engine's processes is gone: no item is at fault, and nothing runs any more
         except Exception as error:
             self._engine_failed(error)
             return

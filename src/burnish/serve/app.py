@@ -61,7 +61,8 @@ def make_app(service: Service) -> FastAPI:
     async def known(request: Request, error: Exception) -> Response:
         return _reply(fault_of(error))
 
-    for kind in (Fault, Busy, BurnishError):
+    # Of what nobody foresaw the client hears the kind alone, in the same form; the log gets the traceback.
+    for kind in (Fault, Busy, BurnishError, Exception):
         app.add_exception_handler(kind, known)
     settings = service.settings
     app.add_middleware(

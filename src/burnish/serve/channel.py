@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import socket
 import struct
+import sys
 from typing import Any
 
+LEFT_TO_THE_SERVER = frozenset((signal.SIGINT, signal.SIGTERM))
+"""Signals that a process which was started never acts on."""
 _HEAD = struct.Struct("<I")
 
 
@@ -67,3 +71,30 @@ class Line:
                 raise EOFError
             self._ready = self._frames.feed(data)[::-1]
         return self._ready.pop()
+
+
+def take_line(*, memory_bytes: int | None = None) -> Line:
+    """What a process that was started does first: its line, whose descriptor is its first argument.
+
+    The server decides when this process ends; a signal for the whole group is for the server.
+
+    Args:
+        memory_bytes: most address space that it may have from here on; None sets no limit.
+    """
+    for each in LEFT_TO_THE_SERVER:
+        signal.signal(each, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_SERVER)
+    if memory_bytes is not None:
+        _limit_memory(memory_bytes)
+    return Line(int(sys.argv[1]))
+
+
+def _limit_memory(num_bytes: int) -> None:
+    try:
+        import resource
+    except ImportError:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+    except (OSError, ValueError):  # a lower limit is set already
+        return

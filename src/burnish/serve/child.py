@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any, cast
 
-from burnish.serve.channel import Frames, pack
+from burnish.serve.channel import LEFT_TO_THE_SERVER, Frames, pack
 
 _STOP_S = 3.0
 
@@ -111,13 +112,18 @@ def _nothing() -> None:
 def _spawn(module: str, theirs: socket.socket) -> subprocess.Popen[bytes]:
     # What this process can import, the other one has to find as well: it unpickles functions by their module's name.
     search = os.pathsep.join(dict.fromkeys(path for path in sys.path if path))
-    return subprocess.Popen(
-        [sys.executable, "-m", module, str(theirs.fileno())],
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": search},
-    )
+    # Ctrl-C reaches the whole group: what comes before the other process can ignore it waits until then (`take_line`).
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_SERVER)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": search},
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _has_descriptor(stream: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import NamedTuple
 
 _PART = re.compile(r"\s+|\w+|[^\w\s]")
@@ -21,6 +22,14 @@ class Segment(NamedTuple):
     differs: bool
 
 
+class _Match(NamedTuple):
+    """Two answers' words against each other: the share in common, and the places of the parts that differ in each."""
+
+    shared: float
+    first: tuple[int, ...]
+    other: tuple[int, ...]
+
+
 def mark_differences(answers: Sequence[str | None]) -> list[list[Segment]]:
     """Cut answers into pieces that others share and pieces that differ.
 
@@ -34,38 +43,47 @@ def mark_differences(answers: Sequence[str | None]) -> list[list[Segment]]:
     first = answers[0] if answers else None
     if first is None:
         return [[] if text is None else [Segment(text, False)] for text in answers]
-    words, rest = _cut(first)
-    marked = [False] * len(words)
+    marked: set[int] = set()
     found: list[list[Segment]] = []
     for text in answers[1:]:
         if text is None:
             found.append([])
             continue
-        others, others_rest = _cut(text)
-        changed = [False] * len(others)
-        matcher = SequenceMatcher(None, words, others, autojunk=False)
-        enough = _shared(matcher, words, others) >= _LEAST_SHARED
-        for kind, a, b, c, d in matcher.get_opcodes():
-            if enough and kind != "equal":
-                marked[a:b] = [True] * (b - a)
-                changed[c:d] = [True] * (d - c)
-        found.append(_joined(others, changed, others_rest))
-    return [_joined(words, marked, rest), *found]
+        match = _matched(first, text)
+        enough = match.shared >= _LEAST_SHARED
+        if enough:
+            marked.update(match.first)
+        found.append(_joined(text, set(match.other) if enough else set()))
+    return [_joined(first, marked), *found]
 
 
 def share_enough(first: str, other: str) -> bool:
     """Whether two answers have so much in common that their differences are marked."""
-    words, others = _cut(first)[0], _cut(other)[0]
-    return _shared(SequenceMatcher(None, words, others, autojunk=False), words, others) >= _LEAST_SHARED
+    return _matched(first, other).shared >= _LEAST_SHARED
 
 
-def _shared(matcher: SequenceMatcher[str], words: Sequence[str], others: Sequence[str]) -> float:
-    """The share of both answers' words that they have in common in the same order; blanks do not count."""
-    common = sum(
-        not word.isspace() for match in matcher.get_matching_blocks() for word in words[match.a : match.a + match.size]
-    )
-    total = sum(not word.isspace() for word in [*words, *others])
-    return 2 * common / total if total else 1.0
+@lru_cache(maxsize=64)
+def _matched(first: str, other: str) -> _Match:
+    """Blanks do not count: every second part is one, which would make the search some times as long."""
+    (words, places), (others, others_places) = _words(first), _words(other)
+    matcher = SequenceMatcher(None, words, others, autojunk=False)
+    differ: list[int] = []
+    others_differ: list[int] = []
+    common = 0
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind == "equal":
+            common += b - a
+        else:
+            differ += places[a:b]
+            others_differ += others_places[c:d]
+    total = len(words) + len(others)
+    return _Match(2 * common / total if total else 1.0, tuple(differ), tuple(others_differ))
+
+
+def _words(text: str) -> tuple[list[str], list[int]]:
+    """The parts of a text's beginning that are no blanks, and their places among all parts."""
+    found = [(part, place) for place, part in enumerate(_cut(text)[0]) if not part.isspace()]
+    return [part for part, _ in found], [place for _, place in found]
 
 
 def _cut(text: str) -> tuple[list[str], str]:
@@ -73,13 +91,12 @@ def _cut(text: str) -> tuple[list[str], str]:
     return parts[:_MOST_PARTS], "".join(parts[_MOST_PARTS:])
 
 
-def _joined(parts: Sequence[str], differs: Sequence[bool], rest: str) -> list[Segment]:
-    """Neighbours of one kind as one piece; blanks go with what stands before them."""
+def _joined(text: str, differ: set[int]) -> list[Segment]:
+    """Neighbours of one kind as one piece; blanks between two words that differ go with them."""
+    parts, rest = _cut(text)
     segments: list[Segment] = []
     for place, part in enumerate(parts):
-        mark = differs[place] and not part.isspace()
-        if part.isspace() and segments and segments[-1].differs:
-            mark = place + 1 < len(parts) and differs[place + 1] and differs[place]
+        mark = place in differ or (part.isspace() and place - 1 in differ and place + 1 in differ)
         if segments and segments[-1].differs == mark:
             segments[-1] = Segment(segments[-1].text + part, mark)
         else:

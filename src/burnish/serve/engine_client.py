@@ -69,6 +69,8 @@ class EngineClient:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._before: dict[str, int] = {}
+        self._refused: BurnishError | None = None
+        self._was_ready = False
 
     @property
     def pid(self) -> int | None:
@@ -77,7 +79,8 @@ class EngineClient:
 
     def counted(self, name: str) -> int:
         """A counter of `EngineStats` over all engines so far."""
-        return self._before.get(name, 0) + (getattr(self.stats, name) if self.stats is not None else 0)
+        stats = self.stats  # read once: other threads ask as well
+        return self._before.get(name, 0) + (0 if stats is None else getattr(stats, name))
 
     def open(self) -> None:
         """Start the engine in the background; `settled` waits for it."""
@@ -162,36 +165,47 @@ class EngineClient:
         while True:
             self._ended.clear()
             self._heard_s = time.monotonic()
+            why = ""
             child = self._child = Child("burnish.serve.worker", on_messages=self._take, on_end=self._ended.set)
             try:
                 await child.start(self._start)
                 await self._watch(child)
             except OSError as error:
-                self._say(f"the engine's process cannot be started: {error.strerror or error}")
+                why = f"could not be started ({error.strerror or error})"
+            if self.state == "ready":
+                self._set("restarting")
+            self.fail_all(WorkerError("the engine failed and is being restarted; try again"))
             await child.reap()
             self._child = None
             self._count_before()
-            self.fail_all(WorkerError("the engine failed and is being restarted; try again"))
+            refused, self._refused = self._refused, None
+            if refused is not None and not self._was_ready:
+                self.error = refused
+            elif refused is not None:
+                # What could be made once is tried again: memory that is short now may be free in a moment.
+                why = f"could not be made again ({refused.message})"
+            why = why or _why(child.exit_code)
+            wait_s = self._until_next(why)
             if self.error is not None:
                 self._set("broken")
                 return
-            now_s = time.monotonic()
-            self._failed_s.append(now_s)
-            while now_s - self._failed_s[0] > _RESTARTS_WITHIN_S:
-                self._failed_s.popleft()
-            why = _why(child.exit_code)
-            if len(self._failed_s) > self._max_restarts:
-                self.error = WorkerError(
-                    f"the engine {why} {len(self._failed_s)} times within ten minutes",
-                    remedy="Run it with BURNISH_TRACEBACK=1 to see where.",
-                )
-                self._set("broken")
-                return
-            wait_s = min(_MAX_BACK_OFF_S, 0.1 * 4 ** (len(self._failed_s) - 1))
             self._set("restarting")
             self.restarts += 1
             self._say(f"the engine {why}; it is started anew in {wait_s:g} s")
             await asyncio.sleep(wait_s)
+
+    def _until_next(self, why: str) -> float:
+        """Count a failure; returns seconds to wait before the next start, or sets `error` where there is none."""
+        now_s = time.monotonic()
+        self._failed_s.append(now_s)
+        while now_s - self._failed_s[0] > _RESTARTS_WITHIN_S:
+            self._failed_s.popleft()
+        if self.error is None and len(self._failed_s) > self._max_restarts:
+            self.error = WorkerError(
+                f"the engine {why} {len(self._failed_s)} times within ten minutes",
+                remedy="Run it with BURNISH_TRACEBACK=1 to see where.",
+            )
+        return min(_MAX_BACK_OFF_S, 0.1 * 4 ** (len(self._failed_s) - 1))
 
     async def _watch(self, child: Child) -> None:
         """Wait for the process to end; one that has work and says nothing for too long is killed."""
@@ -214,10 +228,11 @@ class EngineClient:
                     self.stats = message.stats
                 elif isinstance(message, Ready):
                     self.stats = message.stats
+                    self._was_ready = True
                     self._set("ready")
                 elif isinstance(message, Refused):
                     kind = getattr(errors, message.kind, WorkerError)
-                    self.error = kind(message.message)
+                    self._refused = kind(message.message)
                 else:
                     ticket = self._tickets.get(message.number)
                     if ticket is not None:

@@ -47,11 +47,10 @@ class Ready(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """The engine could not be made; the same will happen again."""
+    """The engine could not be made. The first time the same would happen again; later it may be for want of memory."""
 
     kind: str
     message: str
-    exit_code: int
 
 
 class Queued(NamedTuple):

@@ -29,7 +29,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "burnish_requests",
-            "HTTP requests for answers, by how they ended: ok, gone (the client left), refused or failed.",
+            "Requests that reached the engine, by how they ended: ok, gone (the client left), refused or failed.",
             ["kind", "model", "outcome"],
             registry=registry,
         )
@@ -38,7 +38,7 @@ class Metrics:
         )
         self.rejections = Counter(
             "burnish_rejections",
-            "Requests turned away: full (429), draining, not_ready, engine_failed (503), unauthorized (401).",
+            "Requests turned away: full (429), draining or not_ready (503), unauthorized (401).",
             ["reason"],
             registry=registry,
         )

@@ -68,15 +68,15 @@ class PageApp:
         self._gradio: Any = next(each for each in self._app.routes if isinstance(each, Mount)).app
         group.admission.on_drain.append(self._on_drain)
         headed = OwnHead(self._app, path=f"{PREFIX}/", style=style, script=script)
-        guarded = Guard(
-            headed,
+        # The guard is outside: what is typed into the form for the key has its bounds and its time as well.
+        self._page = Guard(
+            PageAccess(headed, prefix=PREFIX, keys=keys, on_refused=self._count_refused),
             keys=None,
             max_body_bytes=_MAX_BODY_BYTES,
             upload_timeout_s=group.settings.upload_timeout_s,
             on_refused=self._count_refused,
             check_room=_nothing,
         )
-        self._page = PageAccess(guarded, prefix=PREFIX, keys=keys, on_refused=self._count_refused)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")

@@ -147,7 +147,10 @@ def _rows(rows: Rows | None, beside: Rows | None) -> str:
         return ""
     if rows.error is not None:
         return f'<p class="bn-error bn-sql-error">The query does not run: {escape(rows.error)}</p>'
-    known = None if beside is None or beside.error is not None else set(beside.rows)
+    # Of a first column that shows only some of its rows nobody knows what else it has.
+    known = None
+    if beside is not None and beside.error is None and beside.total == len(beside.rows):
+        known = set(beside.rows)
     head = "".join(f"<th>{escape(name)}</th>" for name in rows.columns)
     body = "".join(
         f"<tr{' class=bn-new' if known is not None and row not in known else ''}>"

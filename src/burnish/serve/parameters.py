@@ -93,11 +93,15 @@ def _schema(response_format: Any) -> str | None:
         return _ANY_OBJECT
     if not isinstance(response_format, JsonSchema):
         return None
-    text = json.dumps(response_format.json_schema.schema_, ensure_ascii=False)
+    param = "response_format.json_schema.schema"
+    try:
+        text = json.dumps(response_format.json_schema.schema_, ensure_ascii=False)
+    except RecursionError:
+        raise Fault(400, "the JSON schema is nested too deeply", param=param) from None
     if len(text) > MAX_SCHEMA_CHARS:
         raise Fault(
             400,
             f"the JSON schema is too long; got {len(text)} characters; expected at most {MAX_SCHEMA_CHARS}",
-            param="response_format.json_schema.schema",
+            param=param,
         )
     return text

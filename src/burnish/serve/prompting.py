@@ -38,7 +38,14 @@ class Prompting:
         given: Any = request.prompt
         if isinstance(given, str) or isinstance(given[0], int):
             given = [given]
-        return [await self.of_text(one) if isinstance(one, str) else EncodedPrompt(ids=tuple(one)) for one in given]
+        if not isinstance(given[0], str):
+            return [EncodedPrompt(ids=tuple(one)) for one in given]
+        encode = self._needed().encode_prompt
+
+        def encoded() -> list[EncodedPrompt]:
+            return [EncodedPrompt(ids=tuple(encode(text)), text=text) for text in given]
+
+        return encoded() if sum(map(len, given)) <= _INLINE_CHARS else await asyncio.to_thread(encoded)
 
     async def of_text(self, text: str, *, add_special_tokens: bool = True) -> EncodedPrompt:
         """Raises as `of_completion`."""

@@ -37,7 +37,7 @@ class Beat:
         phase: the last that it heard of, and acts on.
         held: answers let in and not ended.
         metrics: its page for Prometheus; None where it did not change this time.
-        openapi: said once.
+        openapi: said when it begins, and now and then.
     """
 
     replica: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,20 +37,6 @@ class RayPlace:
     host: str
     port: int
     every_node: bool
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on at this moment.
-
-    Raises:
-        ConfigError: the address is none of this machine.
-    """
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.bind((host, 0))
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}: {error.strerror or error}") from error
 
 
 def serve_on_ray(

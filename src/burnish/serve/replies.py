@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
@@ -125,4 +125,3 @@ class FeedbackReply(BaseModel):
 class Health(BaseModel):
     status: str
     engine: str
-    detail: dict[str, Any] | None = None

@@ -16,9 +16,9 @@ from burnish.serve.parameters import chat_params, completion_params
 from burnish.serve.schema import ChatRequest, CompletionRequest, Sampling
 from burnish.serve.service import ServedModel, Service
 
-_EVENTS: dict[str, Any] = {
-    "text/event-stream": {"schema": {"type": "string", "description": "Events, where stream is true."}}
-}
+# No schema: readers of the document take one for that of the whole stream, others for that of each event.
+_EVENTS: dict[str, Any] = {"text/event-stream": {}}
+_ANSWERS = "The answers: one JSON document, or server-sent events where stream is true."
 
 
 def generating(service: Service) -> APIRouter:
@@ -28,7 +28,7 @@ def generating(service: Service) -> APIRouter:
     @router.post(
         "/v1/completions",
         response_class=Response,
-        responses={200: {"model": replies.CompletionReply, "content": _EVENTS, "description": "The answers."}},
+        responses={200: {"model": replies.CompletionReply, "content": _EVENTS, "description": _ANSWERS}},
         summary="Continue texts.",
     )
     async def completions(request: CompletionRequest) -> Response:
@@ -42,7 +42,7 @@ def generating(service: Service) -> APIRouter:
     @router.post(
         "/v1/chat/completions",
         response_class=Response,
-        responses={200: {"model": replies.ChatReply, "content": _EVENTS, "description": "The answers."}},
+        responses={200: {"model": replies.ChatReply, "content": _EVENTS, "description": _ANSWERS}},
         summary="Answer a conversation.",
     )
     async def chat(request: ChatRequest) -> Response:
@@ -86,5 +86,7 @@ def _text_of(service: Service, prompt: EncodedPrompt) -> str:
         return prompt.text
     if max(prompt.ids) >= service.served.vocab_size:
         raise Fault(400, "prompt: a token is outside the vocabulary", param="prompt")
+    if len(prompt.ids) > service.max_model_len:
+        return ""  # the engine refuses it
     tokenizer = service.served.tokenizer
     return "" if tokenizer is None else tokenizer.decode(prompt.ids, skip_special_tokens=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 
 from fastapi import APIRouter
@@ -12,6 +13,9 @@ from burnish.serve.faults import Fault
 from burnish.serve.metrics import CONTENT_TYPE
 from burnish.serve.schema import DetokenizeRequest, FeedbackRequest, TokenizeRequest
 from burnish.serve.service import ServedModel, Service
+
+# Longer lists are decoded beside the event loop, so that the streams go on.
+_INLINE_TOKENS = 4096
 
 
 def telling(service: Service) -> APIRouter:
@@ -68,7 +72,12 @@ def telling(service: Service) -> APIRouter:
         if request.tokens and max(request.tokens) >= service.served.vocab_size:
             raise Fault(400, "tokens: one is outside the vocabulary", param="tokens")
         skip = bool(request.skip_special_tokens)
-        return JSONResponse({"prompt": tokenizer.decode(request.tokens, skip_special_tokens=skip)})
+        ids = request.tokens
+        if len(ids) <= _INLINE_TOKENS:
+            text = tokenizer.decode(ids, skip_special_tokens=skip)
+        else:
+            text = await asyncio.to_thread(tokenizer.decode, ids, skip_special_tokens=skip)
+        return JSONResponse({"prompt": text})
 
     @router.post(
         "/v1/feedback", responses={200: {"model": replies.FeedbackReply}}, summary="An answer was right or not."
@@ -80,7 +89,11 @@ def telling(service: Service) -> APIRouter:
         label = service.metrics.feedback.label(request.id, index, correct=request.correct, expected=request.expected)
         return JSONResponse({"id": request.id, "index": index, **asdict(label)})
 
-    @router.get("/health", responses={200: {"model": replies.Health}}, summary="The server runs. No key needed.")
+    @router.get(
+        "/health",
+        responses={200: {"model": replies.Health}, 503: {"model": replies.Health}},
+        summary="The server runs, or recovers by itself. No key needed.",
+    )
     async def health() -> Response:
         broken = service.engine.state == "broken"
         record = {"status": "broken" if broken else "ok", "engine": service.engine.state}

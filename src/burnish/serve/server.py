@@ -1,4 +1,4 @@
-"""Running an application on a socket: who is cut off, and how it ends."""
+"""Running an application on a socket, and how it ends."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from burnish.errors import ConfigError, WorkerError
+from burnish.serve.connections import counting, cut_off
 from burnish.serve.running import Running
 
 _SEND_BUFFER_BYTES = 128 << 10
@@ -63,15 +63,19 @@ def allow_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def is_loopback(listener: socket.socket) -> bool:
-    """Only this machine reaches the socket."""
-    return str(listener.getsockname()[0]).startswith(("127.", "::1"))
+def is_loopback(host: str) -> bool:
+    """Only this machine reaches an address."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def url_of(listener: socket.socket) -> str:
     """The API's address, as clients are given it."""
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
+    return api_url(*listener.getsockname()[:2])
+
+
+def api_url(host: str, port: int) -> str:
+    """As `url_of`, of an address that is listened on; of "every network" it is this machine's own."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
@@ -81,10 +85,10 @@ def run_server(app: ASGIApp, service: Running, listener: socket.socket, *, on_re
     The first SIGTERM or SIGINT drains: /ready fails, nobody new is let in, and what runs may end within the grace time.
 
     Args:
-        on_ready: called once, when the engine takes its first request.
+        on_ready: called once, when requests are taken; never where a signal came before.
 
     Raises:
-        BurnishError: the engine could not be made, or had to be given up.
+        BurnishError: the engine could not be made, or had to be given up; the application did not start.
     """
     fast_http, fast_loop = (importlib.util.find_spec(name) is not None for name in ("httptools", "uvloop"))
     config = uvicorn.Config(
@@ -100,6 +104,8 @@ def run_server(app: ASGIApp, service: Running, listener: socket.socket, *, on_re
         ws="none",
         backlog=_BACKLOG,
     )
+    config.load()
+    config.http_protocol_class = counting(config.http_protocol_class)
     allow_connections()
     runner = _Runner(uvicorn.Server(config), service, on_ready)
     factory = config.get_loop_factory()
@@ -128,9 +134,11 @@ class _Runner:
         self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(each, self._on_signal, each)
-        serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        serving = asyncio.create_task(self._serve(listener))
         announcing = asyncio.create_task(self._announce())
-        helpers = [announcing, asyncio.create_task(self._cut_off()), asyncio.create_task(self._end_in_order())]
+        open_now, settings = self._server.server_state.connections, self._service.settings
+        cutting = cut_off(open_now, settings, self._service.metrics.cut_readers)
+        helpers = [announcing, asyncio.create_task(cutting), asyncio.create_task(self._end_in_order())]
         try:
             await asyncio.wait([serving, announcing], return_when=asyncio.FIRST_COMPLETED)
             self._server.should_exit = True
@@ -155,9 +163,18 @@ class _Runner:
         else:
             self._now.set()
 
+    async def _serve(self, listener: socket.socket) -> None:
+        try:
+            await self._server.serve(sockets=[listener])
+        except SystemExit as error:  # so newer versions of uvicorn say that the application did not start
+            raise WorkerError("the server could not be started") from error
+        if not self._server.started:
+            raise WorkerError("the server could not be started")
+
     async def _announce(self) -> None:
         await self._service.engine.settled()
-        self._on_ready()
+        if not self._signals:
+            self._on_ready()
         raise await self._service.engine.broken()
 
     async def _end_in_order(self) -> None:
@@ -172,49 +189,3 @@ class _Runner:
             self._service.engine.fail_all(WorkerError("the server is shutting down"))
             await asyncio.sleep(_CHECK_EVERY_S)
         self._server.should_exit = True
-
-    async def _cut_off(self) -> None:
-        """Close connections whose reader takes nothing, and those on which nobody asks anything."""
-        watched: dict[Any, _Connection] = {}
-        settings = self._service.settings
-        step_s = min(1.0, settings.slow_reader_timeout_s / 4, settings.idle_timeout_s / 4)
-        cut = self._service.metrics.cut_readers
-        while True:
-            await asyncio.sleep(step_s)
-            now_s = time.monotonic()
-            alive = set(self._server.server_state.connections)
-            for gone in watched.keys() - alive:
-                del watched[gone]
-            for protocol in alive:
-                transport = getattr(protocol, "transport", None)
-                if transport is None:
-                    continue
-                seen = watched.setdefault(protocol, _Connection(now_s))
-                waiting = transport.get_write_buffer_size()
-                if waiting and waiting >= seen.waiting > 0:
-                    if now_s - seen.moved_s > settings.slow_reader_timeout_s:
-                        cut.labels("slow_reader").inc()
-                        transport.abort()
-                else:
-                    seen.moved_s = now_s
-                seen.waiting = waiting
-                if waiting or _is_asked(protocol):
-                    seen.asked_s = now_s
-                elif now_s - seen.asked_s > settings.idle_timeout_s:
-                    cut.labels("idle").inc()
-                    transport.abort()
-
-
-def _is_asked(protocol: Any) -> bool:
-    """A request of this connection is being answered."""
-    cycle = getattr(protocol, "cycle", None)
-    return cycle is not None and not cycle.response_complete
-
-
-class _Connection:
-    """What was last seen of a connection: bytes that wait for its reader, and when that or its requests moved."""
-
-    def __init__(self, now_s: float) -> None:
-        self.waiting = 0
-        self.moved_s = now_s
-        self.asked_s = now_s

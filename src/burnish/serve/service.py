@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from burnish.data.tokenizer import Tokenizer
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, WorkerError
 from burnish.serve.admission import Admission, Busy
 from burnish.serve.answering import AnswerResponse
 from burnish.serve.engine_client import EngineClient
@@ -126,7 +126,10 @@ class Service:
         """Start the engine in the background, and the template's process."""
         self.engine.open()
         if self.renderer is not None:
-            await self.renderer.open()
+            try:
+                await self.renderer.open()
+            except WorkerError as error:
+                self.say(error.message)  # each conversation tries again
 
     async def close(self) -> None:
         """End both processes."""
@@ -172,19 +175,6 @@ class Service:
         if self.admission.draining:
             return False, "draining"
         return self.engine.state == "ready", self.engine.state
-
-    def load(self) -> Mapping[str, int]:
-        """Figures for /health."""
-        stats = self.engine.stats
-        return {
-            "admitted": self.admission.held,
-            "capacity": self.admission.capacity,
-            "running": 0 if stats is None else stats.running,
-            "waiting": 0 if stats is None else stats.waiting,
-            "kv_blocks_used": 0 if stats is None else stats.kv_blocks_used,
-            "kv_blocks": 0 if stats is None else stats.kv_blocks,
-            "restarts": self.engine.restarts,
-        }
 
 
 def _renderer(tokenizer: Tokenizer | None, settings: ServeSettings) -> TemplateRenderer | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from burnish.errors import ConfigError
+from burnish.errors import SettingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,9 @@ class ServeSettings:
         grace_s: time that running requests get to end after the first signal.
         engine_timeout_s: an engine that has work and gives no sign for so long is killed and started anew.
         max_restarts: engine failures within ten minutes after which the server gives up.
+
+    Raises:
+        SettingError: one is out of its range.
     """
 
     max_running: int = 32
@@ -41,7 +44,9 @@ class ServeSettings:
         for name, least in (("max_running", 1), ("max_queue", 0), ("max_body_bytes", 1024), ("max_restarts", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is out of range", got=value, expected=f"an integer of {least} or more")
+                unit = " bytes" if name.endswith("_bytes") else ""
+                expected = f"an integer of {least}{unit} or more"
+                raise SettingError(f"{{{name}}} is out of range", got=f"{value}{unit}", expected=expected)
         for name in ("stream_interval_s", "grace_s"):
             self._check_seconds(name, least=0)
         for name in (
@@ -56,4 +61,5 @@ class ServeSettings:
     def _check_seconds(self, name: str, *, least: float) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e6:
-            raise ConfigError(f"{name} is out of range", got=value, expected=f"{least:g} seconds or more")
+            expected = f"{least:g} s or more, below 1e6"
+            raise SettingError(f"{{{name}}} is out of range", got=f"{value} s", expected=expected)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
-import sys
 
 from burnish.data.text_to_sql.execute import QueryResult, Value, run_query, same_result
-from burnish.serve.channel import Line
+from burnish.serve.channel import take_line
 from burnish.serve.compare_sql import MAX_CELL_CHARS, MAX_SHOWN_ROWS, Query, Rows
 
 _MEMORY_BYTES = 1 << 30
@@ -55,22 +53,8 @@ def _digest(result: QueryResult, *, ordered: bool) -> str:
     return hashlib.sha256("\n".join(lines if ordered else sorted(lines)).encode("utf-8", "replace")).hexdigest()
 
 
-def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    except (OSError, ValueError):  # a lower limit is set already
-        return
-
-
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _limit_memory()
-    line = Line(int(sys.argv[1]))
+    line = take_line(memory_bytes=_MEMORY_BYTES)
     try:
         line.receive()
         line.send((0, None))

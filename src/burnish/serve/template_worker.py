@@ -7,23 +7,19 @@ time and memory from the server.
 from __future__ import annotations
 
 import os
-import signal
-import sys
 
 from burnish.data.chat_template import render_chat_template
 from burnish.errors import BurnishError
-from burnish.serve.channel import Line
+from burnish.serve.channel import take_line
 
 _MEMORY_BYTES = 2 << 30
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _limit_memory()
-    line = Line(int(sys.argv[1]))
+    line = take_line(memory_bytes=_MEMORY_BYTES)
     try:
         template, special_tokens, source = line.receive()
+        line.send((0, None, None))
         while True:
             number, messages, add_generation_prompt = line.receive()
             try:
@@ -41,17 +37,6 @@ def main() -> int:
                 line.send((number, None, f"the chat template in {source} failed: {type(error).__name__}"))
     except (EOFError, OSError):
         return 0
-
-
-def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    except (OSError, ValueError):  # a lower limit is set already
-        return
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ class TemplateRenderer:
         template: Jinja source, the model's own.
         special_tokens: variables such as bos_token.
         source: where the template came from, for messages.
-        timeout_s: longest for one conversation.
+        timeout_s: longest for one conversation, from when the process listens.
     """
 
     def __init__(self, template: str, special_tokens: Mapping[str, str], *, source: str, timeout_s: float) -> None:
@@ -26,11 +26,16 @@ class TemplateRenderer:
         self._timeout_s = timeout_s
         self._turn = asyncio.Lock()
         self._child: Child | None = None
+        self._listens = asyncio.Event()
         self._waiter: asyncio.Future[tuple[str | None, str | None]] | None = None
         self._number = 0
 
     async def open(self) -> None:
-        """Start the process, so that the first conversation need not wait for it."""
+        """Start the process, so that the first conversation need not wait for it.
+
+        Raises:
+            WorkerError: it cannot be started.
+        """
         async with self._turn:
             await self._started()
 
@@ -39,10 +44,14 @@ class TemplateRenderer:
 
         Raises:
             DataError: the template refuses the messages, or takes too long for them.
-            WorkerError: its process died.
+            WorkerError: its process died, or cannot be started.
         """
         async with self._turn:
             child = await self._started()
+            # How long the start takes is no conversation's fault.
+            await self._listens.wait()
+            if self._child is not child:
+                raise _died_error()
             self._number += 1
             waiter = self._waiter = asyncio.get_running_loop().create_future()
             child.send((self._number, list(messages), add_generation_prompt))
@@ -70,11 +79,19 @@ class TemplateRenderer:
             await self._end()
 
     async def _started(self) -> Child:
-        if self._child is None:
-            child = Child("burnish.serve.template_worker", on_messages=self._take, on_end=self._died)
-            await child.start(self._first)
-            self._child = child
-        return self._child
+        child = self._child
+        if child is None:
+            self._listens.clear()
+            self._child = child = Child("burnish.serve.template_worker", on_messages=self._take, on_end=self._died)
+            try:
+                await child.start(self._first)
+            except BaseException as error:
+                self._child = None
+                if isinstance(error, OSError):
+                    reason = error.strerror or error
+                    raise WorkerError("the chat template's process cannot be started", got=reason) from error
+                raise
+        return child
 
     async def _end(self) -> None:
         child, self._child = self._child, None
@@ -83,13 +100,19 @@ class TemplateRenderer:
             await child.stop()
 
     def _take(self, messages: list[Any]) -> None:
+        self._listens.set()
         for number, text, refusal in messages:
             if number == self._number and self._waiter is not None and not self._waiter.done():
                 self._waiter.set_result((text, refusal))
 
     def _died(self) -> None:
         child, self._child = self._child, None
+        self._listens.set()
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(WorkerError("the chat template's process died"))
+            self._waiter.set_exception(_died_error())
         if child is not None:
             self._reaping = asyncio.ensure_future(child.reap())
+
+
+def _died_error() -> WorkerError:
+    return WorkerError("the chat template's process died")

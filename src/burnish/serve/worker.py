@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import sys
 import threading
 import traceback
 from typing import Any
 
 from burnish.errors import BurnishError
-from burnish.serve.channel import Line
+from burnish.serve.channel import Line, take_line
 from burnish.serve.messages import Ready, Refused, Start
 
 
 def main() -> int:
-    # The server decides when this process ends; a signal for the whole group is for the server.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    line = Line(int(sys.argv[1]))
+    line = take_line()
     # The event loop of the reading thread must not wait long for the one that steps, nor the other way round.
     sys.setswitchinterval(0.001)
     try:
@@ -34,7 +31,8 @@ def main() -> int:
         return 0
     except BaseException as error:
         _explain()
-        line.send([_refusal(error)])
+        with contextlib.suppress(OSError):  # the server may have ended meanwhile
+            line.send([_refusal(error)])
         return 1
     threading.Thread(target=_read, args=(line, loop), name="burnish-read", daemon=True).start()
     try:
@@ -59,11 +57,11 @@ def _read(line: Line, loop: Any) -> None:
 
 def _refusal(error: BaseException) -> Refused:
     if isinstance(error, BurnishError):
-        return Refused(type(error).__name__, error.message, error.exit_code)
+        return Refused(type(error).__name__, error.message)
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return Refused("OutOfMemoryError", "ran out of memory while loading the model", 5)
-    return Refused("WorkerError", f"the engine could not be started: {type(error).__name__}: {text}", 1)
+        return Refused("OutOfMemoryError", "ran out of memory while loading the model")
+    return Refused("WorkerError", f"the engine could not be started: {type(error).__name__}: {text}")
 
 
 def _explain() -> None:

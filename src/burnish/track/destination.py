@@ -92,6 +92,8 @@ def parse_destination(uri: str, *, experiment: str | None = None) -> Destination
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
         if not is_mlflow(uri) or uri == "mlflow":
             raise ConfigError("MLFLOW_TRACKING_URI names no place", got=repr(uri), expected=EXPECTED)
+    if not is_mlflow(uri):
+        raise ConfigError(f"{without_password(uri)} names no MLflow", expected=EXPECTED)
     try:
         parts = urlsplit(uri.removeprefix("mlflow+"))
         host = parts.hostname

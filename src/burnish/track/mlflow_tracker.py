@@ -36,6 +36,7 @@ from burnish.track.spool import (
 from burnish.track.system import SystemReader
 
 _SYNC_S = 10.0
+_END_S = 15.0  # a disk or a driver that hangs is left behind
 _SLOW_SHARE, _FAILING_SHARE = 1 / 2, 1 / 6
 _FAILING_AFTER = 3
 _VERSION = 1
@@ -315,9 +316,17 @@ class _Watch(threading.Thread):
 
     def end(self) -> None:
         self._over.set()
-        self.join()
+        self.join(_END_S)
 
     def run(self) -> None:
+        """Until the end. A full disk, or a driver that fails, ends the readings and nothing else."""
+        try:
+            self._read()
+        except Exception as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            self._news = f"the machine is read no longer ({said})"
+
+    def _read(self) -> None:
         reader = SystemReader() if self._destination.system_s else None
         read_s = synced_s = time.monotonic()
         number = self._after

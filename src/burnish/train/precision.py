@@ -60,6 +60,20 @@ def resolve_precision(model: nn.Module, config: TrainConfig) -> Literal["float32
     return config.precision
 
 
+def dtype_to_load(config: TrainConfig, device: str, *, sharded: bool = False) -> Literal["float32", "bfloat16"]:
+    """What to load a base in, so that a run never holds it twice: bfloat16 where a frozen base computes in it.
+
+    Losses are those of a base that is loaded in float32 and cast. Weights that are trained, or `sharded` (their shares
+    are gathered in float32), need float32.
+    """
+    if config.method == "full" or sharded:
+        return "float32"
+    computes = config.precision == "bfloat16" or (
+        config.precision == "auto" and bfloat16_is_native(torch.device(device))
+    )
+    return "bfloat16" if computes else "float32"
+
+
 @contextlib.contextmanager
 def frozen_in_bfloat16(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     """Hold frozen float32 parameters in bfloat16 inside the block, and give back the very same tensors after it.
