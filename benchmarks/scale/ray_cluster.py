@@ -236,6 +236,7 @@ def main() -> int:
     for kind in flags.order.split(","):
         with tempfile.TemporaryDirectory(prefix="ray-bench-") as folder:
             address = QueueAddress(store=f"sqlite:///{folder}/queue.db")
+            Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # Ray writes the cluster's address there
             # The head has no room for workers, so that losing any of the three loses nothing else.
             cluster = Cluster(
                 initialize_head=True,

@@ -69,7 +69,8 @@ def quantize(
         int | None, typer.Option(help="Of that training's change of the weights; 32 when not given.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate of that training; 0.003 when not given.")
+        float | None,
+        typer.Option(help="Peak learning rate of that training; 0.003, after gptq of 3 bits and more 0.0003."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per step of it; 16 when not given.")] = None,
     learn_labels: Annotated[
@@ -157,7 +158,7 @@ def quantize(
     told = {"model": model, "config": settings, "mixed": mixed, "qat": training, "samples": samples}
     with (
         watching(quiet=quiet) as progress,
-        tracked_to(track, "quantize", told, folder=out, say=progress.say) as stage,
+        tracked_to(track, "quantize", told, folder=out, on=out, say=progress.say, warn=progress.warn) as stage,
     ):
         record = run(
             model,

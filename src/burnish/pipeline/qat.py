@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from burnish.compress.config import QuantizeConfig
 from burnish.compress.gptq_format import quantized_linears
@@ -35,6 +35,7 @@ from burnish.train.results import StepRecord, recent_loss
 from burnish.train.trainer import train
 
 ALPHA_PER_RANK = 2
+RATE, RATE_FROM_GPTQ = 3e-3, 3e-4
 CHECKPOINTS = "training"
 SAVE_EVERY = 50
 EVALUATIONS = 5
@@ -50,7 +51,8 @@ class QatConfig:
     Attributes:
         steps: optimizer steps.
         rank: of what is added to the weights' places on their grids; its alpha is `ALPHA_PER_RANK` times that.
-        learning_rate: peak rate, warmed up over 5 % of the steps and brought to 0 along a cosine.
+        learning_rate: peak rate, warmed up over 5 % of the steps and brought to 0 along a cosine; None chooses by what
+            the training starts from, see `started_from`.
         batch_size: rows per step.
         distill: learn the parent's distributions; else the rows' labels.
         seed: of what is added and of the order of rows.
@@ -58,7 +60,7 @@ class QatConfig:
 
     steps: int
     rank: int = 32
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
     batch_size: int = 16
     distill: bool = True
     seed: int = 0
@@ -67,10 +69,17 @@ class QatConfig:
         for name, value in (("qat", self.steps), ("rank", self.rank), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ConfigError(f"{name} is out of range", got=value, expected="1 or more")
-        if not 0 < self.learning_rate < math.inf:
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(
                 "learning_rate is out of range", got=self.learning_rate, expected="more than 0, and finite"
             )
+
+    def started_from(self, quantization: QuantizeConfig) -> QatConfig:
+        """These settings with a rate: GPTQ's own optimum of 3 bits and more is left with a tenth of the usual one."""
+        if self.learning_rate is not None:
+            return self
+        close = quantization.method == "gptq" and quantization.bits > 2
+        return replace(self, learning_rate=RATE_FROM_GPTQ if close else RATE)
 
     @property
     def num_rows(self) -> int:
@@ -84,7 +93,8 @@ class QatConfig:
 
     @property
     def training(self) -> TrainConfig:
-        """Settings of the loop."""
+        """Settings of the loop; the rate has to be known."""
+        assert self.learning_rate is not None
         return TrainConfig(
             steps=self.steps,
             micro_batch_size=self.batch_size,

@@ -110,6 +110,7 @@ def quantize(
     check_resume(resume)
     if qat is not None:
         check_qat(config)
+        qat = qat.started_from(config)
     folder = check_output(out, overwrite=overwrite or (resume == "auto" and is_unfinished(Path(out))))
     with MemoryMeter() as meter:
         parent = open_decoder(model, source)
