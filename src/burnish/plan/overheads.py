@@ -35,6 +35,9 @@ ALLOCATOR_LIMIT = 512 * MIB
 FREED_SHARE = 0.6
 """What the heap keeps of dense weights that are freed one by one while packed ones take their place, in their units."""
 
+WRITTEN_SHARE = 0.25
+"""What the heap keeps of a merged model that was written and read back, in units of its float32 weights."""
+
 ALLOCATOR_SHARE = {2: 0.3, 4: 0.35}
 """The same for fused training, in units of what is kept for the backward pass and of the larger moment, by bytes of the
 compute dtype: compiled bfloat16 products stand in the heap between activations, and what is freed around them is not

@@ -92,6 +92,8 @@ def predict_merge(config: ModelConfig, device: Device, options: PlanOptions, dty
     parts["adapter"] = 2 * 4 * adapter
     parts["workspace"] = 2 * 4 * _largest_linear(config)
     parts["comparison"] = comparison_workspace(config, dtype_bytes=4)
+    if device.kind == "cpu":
+        parts["allocator"] = int(overheads.WRITTEN_SHARE * parts["weights"])
     return parts
 
 
