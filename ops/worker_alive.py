@@ -17,9 +17,12 @@ SILENT_S = 60.0
 
 
 def main() -> int:
-    address = QueueAddress(store=os.environ["BURNISH_QUEUE_STORE"])
+    url = os.environ.get("BURNISH_QUEUE_STORE")
+    if not url:
+        print("error: BURNISH_QUEUE_STORE is not set. Give it the worker's --store.", file=sys.stderr)
+        return 1
     try:
-        with open_store(address, patience_s=5.0) as store:
+        with open_store(QueueAddress(store=url), patience_s=5.0, makes=False) as store:
             notes = [note for note in read_notes(store.database) if note.host == socket.gethostname()]
     except BurnishError as error:
         print(f"error: {error.message}", file=sys.stderr)

@@ -40,6 +40,14 @@ def test_bad_usage_is_one_line(words: list[str], code: int, message: str, capsys
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--tensor-parallel", "2"), ("--pipeline-parallel", "2"), ("--slow-reader", "5")]
+)
+def test_what_ray_does_not_do_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", BASE, "--threads", "1", "--ray", "local", option, value]) == 2
+    assert capsys.readouterr().err == f"error: {option} does not go with --ray\n"
+
+
 def test_a_port_that_is_taken_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from command_line import Cli
 
+from burnish.pipeline.manifest import fingerprint_folder
 from burnish.track.jsonl import TrackedRun, read_runs
+from burnish.track.replay import Replayed
 
 
 def told(path: Path) -> TrackedRun:
@@ -97,3 +99,39 @@ def test_replay_of_nothing_is_refused(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "bad.track" / "x").mkdir(parents=True)
     (tmp_path / "bad.track" / "x" / "events.jsonl").write_text("{}\n")
     cli("track", "replay", tmp_path / "bad").fails(2, "is no spool")
+
+
+def test_inputs_versions_and_hardware_are_told_and_runs_carry_the_models_name(
+    cli: Cli, merged: Path, tiny: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    few = ["--data", rows_file, "--limit", 2, "--max-tokens", 2, "--json"]
+    assert cli("eval", merged, *few, "--against", tiny, "--track", tmp_path / "eval.jsonl").code in (0, 4)
+    short = ["--input-tokens", 4, "--output-tokens", 2, "--repeats", 1, "--json"]
+    assert cli("bench", merged, *short, "--track", tmp_path / "bench.jsonl").code == 0
+    expected = fingerprint_folder(merged)
+    for command in ("eval", "bench"):
+        run = told(tmp_path / f"{command}.jsonl")
+        assert run.name == f"{command}-{merged.name}"
+        assert run.params["input.model.fingerprint"] == expected
+        assert run.params["version.torch"]
+        assert run.params["hardware.cores"] > 0
+    assert told(tmp_path / "eval.jsonl").params["input.against.fingerprint"] == fingerprint_folder(tiny)
+    assert "input.against.fingerprint" not in run.params
+
+
+def test_quiet_leaves_what_failed_to_be_seen(cli: Cli, merged: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = cli(
+        "bench", merged, "--input-tokens", 4, "--output-tokens", 2, "--repeats", 1, "--json", "-q",
+        "--track", f"jsonl:{tmp_path / 'file' / 't.jsonl'}",
+    )  # fmt: skip
+    assert done.code == 0
+    assert "tracking stopped at start" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_replay_says_what_it_sent_in_words(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = Replayed(spool="s", destination="http://h", sent=12, there=3, refused=[], missing=[])
+    monkeypatch.setattr("burnish.track.replay.replay", lambda path, uri: [done])
+    shown = cli("track", "replay", tmp_path)
+    assert (shown.code, shown.err) == (0, "http://h: 12 settings, figures and files sent, 3 were there already\n")

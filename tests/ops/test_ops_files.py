@@ -244,3 +244,14 @@ def test_worker_is_alive_while_it_is_heard_of(repository: Path, tmp_path: Path) 
     write_note(database, name="w", queue="q", model="m", state="stopped", running=0, finished=3)
     database.close()
     assert check()[0] == 1
+
+
+def test_health_check_without_a_store_is_one_line(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(repository / "ops" / "worker_alive.py")]
+    others = {name: value for name, value in os.environ.items() if name != "BURNISH_QUEUE_STORE"}
+    for given, part in (({}, "BURNISH_QUEUE_STORE is not set"), ({"BURNISH_QUEUE_STORE": "no.db"}, "no queue in")):
+        done = subprocess.run(command, env=others | given, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ")
+        assert part in done.stderr
+        assert done.stderr.count("\n") == 1

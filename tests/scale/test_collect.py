@@ -113,7 +113,8 @@ def test_formats_follow_the_ending() -> None:
     pytest.importorskip("pyarrow")
     assert format_of("a.parquet", None) == "parquet"
     assert format_of("s3://b/a.txt", None) == "jsonl"
-    for out, asked in (("a", "csv"), ("-", "parquet")):
+    assert format_of("a.csv", "jsonl") == format_of("-", None) == format_of("a", None) == "jsonl"
+    for out, asked in (("a", "csv"), ("-", "parquet"), ("a.csv", None), ("s3://b/a.json", None)):
         with pytest.raises(ConfigError):
             format_of(out, asked)
     for url in ("s3://", "s3://bucket", "s3://bucket/", "s3://bucket/folder/", "file"):

@@ -123,3 +123,12 @@ def test_key_of_a_message_survives_and_others_do_not() -> None:
     for body in (b"", b"[]", b"{}", b'{"job": 1, "item": 2}', b'{"job": "a", "item": true}', json.dumps("x").encode()):
         assert from_body(body) is None
     assert hidden("amqp://me:secret@host:1/") == "amqp://me:***@host:1/"
+
+
+def test_keys_of_a_bias_are_token_ids_though_json_makes_them_texts(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "params": {"logit_bias": {"100": 3, "7": -1.5}}}]
+    [item] = read_items(write_prompts(tmp_path / "p.jsonl", rows), name="p.jsonl")
+    assert merged_params({}, item.params).biases == ((7, -1.5), (100, 3.0))
+    for bias in ({"seven": 1}, {"-7": 1}, {"7": 1, "07": 2}):
+        with pytest.raises(RequestError, match="logit_bias is out of range"):
+            merged_params({"logit_bias": bias}, None)

@@ -19,7 +19,7 @@ from burnish.scale.reading import read_keys, read_results
 from burnish.scale.store import Job, JobStore, Outcome
 from burnish.scale.submit import submit_file
 from burnish.scale.tables import DEAD, DONE, ERROR, PENDING
-from burnish.scale.worker_book import read_notes, write_note
+from burnish.scale.worker_book import held_by, read_notes, write_note
 
 pytestmark = pytest.mark.services
 
@@ -285,3 +285,17 @@ def test_passwords_are_not_shown(tmp_path: Path) -> None:
     nowhere = Database(f"sqlite:///{tmp_path}/no/folder.db", patience_s=30.0)
     with pytest.raises(ConfigError, match="unable to open"):
         nowhere.open()
+
+
+def test_items_of_a_worker_that_is_gone_are_known(any_store: JobStore, tmp_path: Path) -> None:
+    name = submit(any_store, tmp_path, ["a", "b", "c"], job_id="held")
+    any_store.begin([Key(name, 0), Key(name, 1)], worker="gone")
+    write_note(any_store.database, name="gone", queue="default", model="m", state="working", running=9, finished=0)
+    notes = read_notes(any_store.database)
+    assert held_by(any_store.database, notes) == {"gone": 2}
+    assert any_store.unfinished() == {"default": 3}
+    any_store.commit(
+        [Outcome(key=Key(name, 0), error="e"), Outcome(key=Key(name, 1), error="e")], worker="w", model="m"
+    )
+    assert held_by(any_store.database, notes) == held_by(any_store.database, []) == {}
+    assert any_store.unfinished() == {"default": 1}

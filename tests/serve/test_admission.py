@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from burnish.serve.admission import Admission, Busy
+from burnish.serve.admission import Admission, Busy, answers
 
 
 def test_full_queue_turns_away_and_says_when_to_come_back() -> None:
@@ -70,3 +70,7 @@ def test_what_is_held_is_what_entered_less_what_left(steps: list[int]) -> None:
             held += step
             assert held <= 8
         assert room.held == held
+
+
+def test_one_answer_is_told_as_one() -> None:
+    assert [answers(count) for count in (0, 1, 2)] == ["0 answers", "1 answer", "2 answers"]

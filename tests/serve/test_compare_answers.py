@@ -98,7 +98,7 @@ def test_answers_stream_and_their_sql_is_run(pair: Opened) -> None:
             assert state.prompt_tokens > 20
             assert state.ttft_s is not None
             assert state.ttft_s > 0
-            assert state.kv_used_bytes > 0
+            assert state.kv_used_bytes == held(pair, state)
             assert state.rows is not None
             assert state.rows.right is False
         assert pair.group.admission.held == 0
@@ -106,6 +106,14 @@ def test_answers_stream_and_their_sql_is_run(pair: Opened) -> None:
         assert [state.rows for state in plain] == [None, None]
 
     pair.run(run())
+
+
+def held(pair: Opened, state: AnswerState) -> int:
+    """The cache that one answer takes: its tokens but the last one, in whole blocks of 16."""
+    stats = pair.models[0].service.engine.stats
+    assert stats is not None
+    tokens = state.prompt_tokens + state.num_tokens - 1
+    return -(-tokens // 16) * (stats.kv_bytes // stats.kv_blocks)
 
 
 def test_in_turn_one_model_follows_the_other(pair: Opened) -> None:
@@ -207,3 +215,14 @@ def test_a_group_ends_when_every_vital_engine_is_lost() -> None:
                 await Engines([lost, well], vital).settled()
 
     asyncio.run(run())
+
+
+def test_a_group_is_ready_when_no_model_is_still_to_be_loaded() -> None:
+    services = [service_over(faulty_engines.plain) for _ in range(2)]
+    group = ServiceGroup(services, vital=services)
+    seen = []
+    for states in (("ready", "starting"), ("ready", "ready"), ("ready", "broken"), ("broken", "broken")):
+        for service, state in zip(services, states):
+            service.engine.state = state
+        seen.append(group.ready)
+    assert seen == [False, True, True, False]

@@ -75,6 +75,12 @@ def test_what_a_link_says_wrong_is_told_and_left_out(query: dict[str, str], said
     assert said in complaints[0]
 
 
+def test_a_key_that_is_no_setting_is_told() -> None:
+    asked, complaints = from_query({"foo": "1", "q": "a", "__theme": "dark", "utm_source": "x"})
+    assert asked == Asked(question="a")
+    assert complaints == ["The link's 'foo' is no setting of this page"]
+
+
 def test_a_prompt_too_long_for_a_link_is_refused() -> None:
     with pytest.raises(RequestError, match="too long for a link"):
         to_query(Asked(question="ä" * 5_000))

@@ -65,6 +65,45 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "Field required"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema", "F"),
+        (
+            {"messages": [MESSAGE, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.1.content.0",
+            "parts of a message are text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache": 1}]}]},
+            "messages.0.content.0.cache",
+            "not a field",
+        ),
+    ],
+)
+def test_a_place_within_a_field_is_named_once(fields: dict[str, Any], param: str, words: str) -> None:
+    found = fault(ChatRequest, **{"model": "m", "messages": [MESSAGE], **fields})
+    assert found.param == param
+    assert words in found.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "content_type", "words"),
+    [
+        ("missing", "application/json", "the body is empty"),
+        ("model_attributes_type", "application/json; charset=utf-8", "the body is no JSON object"),
+        ("model_attributes_type", None, "got no such header; expected Content-Type: application/json"),
+        ("model_attributes_type", "text/plain", "got text/plain; expected Content-Type: application/json"),
+    ],
+)
+def test_a_body_at_fault_as_a_whole_is_told_so(kind: str, content_type: str | None, words: str) -> None:
+    errors = [{"type": kind, "loc": ("body",), "msg": "Input should be a valid dictionary"}]
+    found = fault_of_validation(errors, content_type=content_type)
+    assert found.status == 400
+    assert words in found.message
+
+
+@pytest.mark.parametrize(
     ("error", "status", "headers"),
     [
         (RequestError("no"), 400, {}),

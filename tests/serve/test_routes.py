@@ -105,6 +105,23 @@ def test_bodies_that_are_no_request_get_400(server: ServingProcess, content: byt
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("headers", [{}, {"content-type": "application/x-www-form-urlencoded"}])
+def test_a_body_that_is_not_declared_as_json_names_the_header(server: ServingProcess, headers: dict[str, str]) -> None:
+    content = json.dumps({"model": BASE, "prompt": "a", "max_tokens": 1})
+    reply = httpx.post(f"{server.url}/completions", content=content, headers=headers, timeout=60)
+    assert reply.status_code == 400, reply.text
+    assert "expected Content-Type: application/json" in reply.json()["error"]["message"]
+
+
+def test_a_developer_is_who_the_system_is(server: ServingProcess) -> None:
+    question = {"role": "user", "content": "How many?"}
+    replies = [
+        server.post("/v1/tokenize", {"messages": [{"role": role, "content": "Be brief."}, question]}).json()
+        for role in ("developer", "system")
+    ]
+    assert replies[0] == replies[1]
+
+
 def test_large_bodies_are_cut_off_declared_or_not(server: ServingProcess) -> None:
     large = json.dumps({"model": BASE, "prompt": "x" * (5 << 20)}).encode()
     headers = {"content-type": "application/json"}

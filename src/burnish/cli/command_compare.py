@@ -120,7 +120,15 @@ def compare(
 
     def on_ready() -> None:
         if json:
-            record = [{"name": model.name, "model": model.model.root, "weights": model.digest} for model in models]
+            record = [
+                {
+                    "name": model.name,
+                    "model": model.model.root,
+                    "fingerprint": model.model.fingerprint,
+                    "weights": model.digest,
+                }
+                for model in models
+            ]
             print_json({"url": url, "models": record, "api_keys": keys is not None})
             sys.stdout.flush()
         for model in models:

@@ -97,7 +97,7 @@ def prune(
     told = {"model": model, "config": settings, "recover": recovery, "samples": samples}
     with (
         watching(quiet=quiet) as progress,
-        tracked_to(track, "prune", told, folder=out, say=progress.say) as stage,
+        tracked_to(track, "prune", told, folder=out, on=out, say=progress.say, warn=progress.warn) as stage,
     ):
         record = run(
             model,

@@ -125,7 +125,14 @@ def submit(
         print_json(done)
         return
     typer.echo(done.job_id)
-    note(f"{counted(done.num_items, 'item')} in queue {queue}; see: burnish queue status {done.job_id}", quiet=quiet)
+    items = counted(done.num_items, "item")
+    if not done.published:
+        told = f"job {done.job_id} is there already, {items} in queue {queue}; nothing was added"
+    elif done.published < done.num_items:
+        told = f"{items} in queue {queue}, {done.published} of them added now"
+    else:
+        told = f"{items} in queue {queue}"
+    note(f"{told}; see: burnish queue status {done.job_id}", quiet=quiet)
 
 
 def work(
@@ -207,8 +214,9 @@ def work(
         cards = tensor_parallel * pipeline_parallel if device == "cuda" else 0
         words = context.find_root().obj
         return supervise(words, workers, threads=threads, cards=cards, quiet=quiet, stopping=_stopping)
+    from burnish.cli.show_queue import elsewhere
     from burnish.pipeline.opening import EngineOptions, Source, open_engine
-    from burnish.scale.opening import open_worker
+    from burnish.scale.opening import open_store, open_worker
 
     source, engine_options = Source(**given_source), EngineOptions(**given_options)
 
@@ -229,6 +237,9 @@ def work(
         _stopping(worker, quiet=quiet),
     ):
         note(f"working on queue {queue}", quiet=quiet)
+        with open_store(address, makes=False) as opened:
+            if not quiet and (others := elsewhere(opened, queue)):
+                note(others)
         report = worker.run()
     if json:
         print_json(report)
@@ -340,8 +351,11 @@ def dead(
 
 @contextmanager
 def _as_file(source: str) -> Iterator[Path]:
-    """The file of a name; stdin is copied, as a file is read twice."""
+    """The file of a name; stdin is copied, as a file is read twice. One that cannot be read is told at once."""
+    from burnish.scale.items import read_items
+
     if source != "-":
+        next(read_items(Path(source), name=source))
         yield Path(source)
         return
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as copy:

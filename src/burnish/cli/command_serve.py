@@ -161,17 +161,19 @@ def serve(
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
     )
-    follow_launched(engine)
     if ray is not None:
+        ray_options.refuse_with_ray(
+            context, "slow_reader", "ui", "compare", "track", "track_interval", "tensor_parallel", "pipeline_parallel"
+        )
         from burnish.cli.serve_on_ray import serve_with_ray
 
-        ray_options.refuse_with_ray(context, "slow_reader", "ui", "compare", "track", "track_interval")
         return serve_with_ray(
             ray, model, engine, settings, name=name, adapters=_adapters(adapter), base=base, host=host, port=port,
             keys=keys, replicas=1 if replicas is None else replicas, resources=resources, json=json, quiet=quiet,
         )  # fmt: skip
+    follow_launched(engine)
     ray_options.refuse_without_ray(replicas=replicas, resources=resources)
-    tracker = make_tracker(track, warn=lambda line: note(line, quiet=quiet))
+    tracker = make_tracker(track, warn=note, say=lambda line: note(line, quiet=quiet))
     if isinstance(tracker, NullTracker) and given(context, "track_interval"):
         raise ConfigError("--track-interval goes with --track", got=track_interval)
     listener = bind(host, port)

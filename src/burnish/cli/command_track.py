@@ -43,7 +43,8 @@ def replay(
         print_json(done)
     for one in done:
         place = one.url or one.destination
-        note(f"{place}: {counted(one.sent, 'fact')} sent, {one.there} there already", quiet=quiet or json)
+        told = f"{one.sent} settings, figures and files sent, {one.there} were there already"
+        note(f"{place}: {told}", quiet=quiet or json)
         for line in one.refused:
             note(f"refused: {line}", quiet=quiet)
         for line in one.missing:

@@ -240,7 +240,7 @@ def tune(
             source=source,
             overwrite=overwrite,
             resume=ResumeConfig(resume=resume, keep_checkpoints=keep_checkpoints),
-            tracker=make_tracker(track, beside=out, warn=progress.say) if ranks.is_main else None,
+            tracker=make_tracker(track, beside=out, warn=progress.warn, say=progress.say) if ranks.is_main else None,
             profile=profile and ranks.is_main,
             progress=progress,
             notify=progress.say,
@@ -299,9 +299,10 @@ def merge(
     from burnish.pipeline.tracked import tracked_to
 
     source = Source(device=device, threads=threads, revision=revision, offline=offline, allow_pickle=allow_pickle)
+    told = {"adapter": list(adapter), "dtype": dtype}
     with (
         watching(quiet=quiet) as progress,
-        tracked_to(track, "merge", {"adapter": list(adapter), "dtype": dtype}, folder=out, say=progress.say) as stage,
+        tracked_to(track, "merge", told, folder=out, on=out, say=progress.say, warn=progress.warn) as stage,
     ):
         record = run(
             adapter,

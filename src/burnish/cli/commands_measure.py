@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from burnish.cli import options
-from burnish.cli.output import note, print_json, stdout, watching
+from burnish.cli.output import note, print_json, print_table, stdout, watching
 from burnish.errors import ConfigError
 
 runs_app = typer.Typer(help="Runs and what they left behind.", no_args_is_help=True, rich_markup_mode=None)
@@ -103,7 +103,7 @@ def evaluate(
     told = {"model": model, "task": task, "data": rows, "against": against, "adapter": adapter, "quantize": quantize}
     with (
         watching(quiet=quiet) as progress,
-        tracked_to(track, "eval", told, say=progress.say) as stage,
+        tracked_to(track, "eval", told, on=model, say=progress.say, warn=progress.warn) as stage,
     ):
         record = run(
             model,
@@ -120,6 +120,7 @@ def evaluate(
             source=source,
             progress=progress,
         )
+        stage.inputs({"model": model, "adapter": adapter, "against": against}, source)
         stage.record(record)
         if report is not None:
             write_comparison(report, record, source)
@@ -193,7 +194,7 @@ def bench(
     told = {"model": model, "workload": workload, "engine": engine, "against": vs, "quantize": quantize}
     with (
         watching(quiet=quiet) as progress,
-        tracked_to(track, "bench", told, say=progress.say) as stage,
+        tracked_to(track, "bench", told, on=model, say=progress.say, warn=progress.warn) as stage,
     ):
         result = run(
             model,
@@ -220,6 +221,9 @@ def bench(
             source=source,
             progress=progress,
         )
+        read = {"model": (engine, model), "adapter": (engine, adapter), "against": (vs, vs_model)}
+        ours = {name: folder for name, (runs_on, folder) in read.items() if runs_on in ("native", "transformers")}
+        stage.inputs(ours, source)
         stage.record(result.to_dict())
     if json:
         print_json(result.to_dict())
@@ -286,7 +290,7 @@ def list_runs(json: options.Json = False) -> None:
         table.add_row(
             folder.name, run.created, run.model, str(len(run.variants)), format_share(max(scores)) if scores else "–"
         )
-    stdout().print(table)
+    print_table(stdout(), table)
 
 
 def show_run(

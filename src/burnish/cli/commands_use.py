@@ -46,6 +46,7 @@ def demo(
             track=track,
             progress=progress,
             say=progress.say,
+            warn=progress.warn,
         )
     if json:
         print_json(build_report(run))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -20,13 +22,15 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from burnish.measure.json_values import to_plain
 
 SHOW_AFTER_S = 2.0  # shorter work needs no bar
 WIDE = 110  # columns from which on the bar has its full width
+_WIDEST = 1 << 20
+_TRAILING = re.compile(r" +(?=\n)")
 
 
 def print_json(value: Any) -> None:
@@ -34,9 +38,34 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
+class _Stdout(Console):
+    """Where it is no terminal, lines end where their text ends."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if self.is_terminal:
+            super().print(*objects, **options)
+            return
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        self.file.write(_TRAILING.sub("", captured.get()))
+        self.file.flush()
+
+
 def stdout() -> Console:
     """For tables and text that are the result; what users wrote is never read as markup or emoji."""
-    return Console(highlight=False, markup=False, emoji=False)
+    return _Stdout(highlight=False, markup=False, emoji=False)
+
+
+def has_width(console: Console) -> bool:
+    """Lines end somewhere: at the terminal's edge, or where COLUMNS says."""
+    return console.is_terminal or "COLUMNS" in os.environ
+
+
+def print_table(console: Console, table: Table, *, whole: bool = False) -> None:
+    """A table as wide as the terminal; where nothing is known of one, or if it is to stay `whole`, as its cells."""
+    if whole or not has_width(console):
+        table.width = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    console.print(table, crop=False)
 
 
 def stderr() -> Console:
@@ -84,7 +113,11 @@ class Watcher:
     def say(self, text: str) -> None:
         """A line that stays, above the bar."""
         if not self._quiet:
-            (self._console if self._progress is None else self._progress.console).print(text, soft_wrap=True)
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """A line that stays, also where people want no notes."""
+        (self._console if self._progress is None else self._progress.console).print(text, soft_wrap=True)
 
     def echo(self, text: str) -> None:
         """A result on stdout; the bar makes room for it where both are the same terminal."""

@@ -55,4 +55,4 @@ def refuse_with_ray(context: typer.Context, *names: str) -> None:
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
-            raise ConfigError(f"--{name.replace('_', '-')} does not go with --ray", got=context.params[name])
+            raise ConfigError(f"--{name.replace('_', '-')} does not go with --ray")

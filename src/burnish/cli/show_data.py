@@ -7,6 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from burnish.cli.output import print_table
 from burnish.data.inspect import Inspection, RowView
 
 _MARKS = {"ok": ("ok", "green"), "remark": ("note", "yellow"), "problem": ("bad", "red")}
@@ -32,7 +33,7 @@ def show_inspection(console: Console, inspection: Inspection) -> None:
             else str(value)
         )
         table.add_row(name.replace("_", " "), shown)
-    console.print(table)
+    print_table(console, table)
     for statement, state in inspection.facts:
         mark, style = _MARKS.get(state, (state, ""))
         console.print(Text.assemble((f"{mark:>4}", style), "  ", statement))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
+from burnish.cli.output import print_table
 from burnish.cli.show_stages import facts, task_lines
 from burnish.measure.bench import BenchResult, VersusResult
 from burnish.measure.formatting import (
@@ -54,7 +55,7 @@ def show_eval(console: Console, record: EvalRecord, *, num_wrong: int = 0) -> No
         table.add_column("right", justify="right")
         for kind, score in sorted(record.by_kind.items()):
             table.add_row(kind, str(score["num_rows"]), format_share(score["score"]))
-        console.print(table)
+        print_table(console, table)
     wrong = [answer for answer in record.answers or [] if not answer["right"]]
     for answer in wrong[:num_wrong]:
         console.print()

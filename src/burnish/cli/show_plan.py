@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import textwrap
+
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from burnish.cli.output import has_width, print_table
 from burnish.measure.formatting import format_bytes, format_count, format_seconds
 from burnish.plan.doctor import Check
-from burnish.plan.predict import Plan
+from burnish.plan.predict import Plan, StagePrediction
 from burnish.plan.sharding import advised
 
 _STATUS_STYLE = {"ok": "green", "missing": "dim", "warning": "yellow", "error": "red"}
+_HARD = "\u00a0"  # where no line ends
 
 
 def show_plan(console: Console, plan: Plan) -> None:
     """Sizes, then a line per stage with its largest parts."""
     device = plan.device
     console.print(f"{plan.model} on {device.name} ({format_bytes(device.usable_bytes)} usable)", style="bold")
-    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.weight_bytes.items())
-    console.print(f"{format_count(plan.parameters)} parameters; weights in {sizes}")
+    sizes = ", ".join(f"{name} {format_bytes(size)}".replace(" ", _HARD) for name, size in plan.weight_bytes.items())
+    about = f"{format_count(plan.parameters)} parameters; weights in {sizes}"
+    about = textwrap.fill(about, console.width) if has_width(console) else about
+    console.print(about.replace(_HARD, " "), soft_wrap=True)
     per_token = format_bytes(plan.kv_bytes_per_token)
     console.print(f"loaded in {plan.dtype}; keys and values {per_token} per token")
+    rows = [_stage_cells(stage) for stage in plan.stages]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("stage", "peak", "fits", "time", "largest parts"):
-        table.add_column(heading, justify="right" if heading in ("peak", "time") else "left", overflow="fold")
-    for stage in plan.stages:
-        parts = sorted(stage.components.items(), key=lambda item: -item[1])[:3]
-        fits = Text("yes", style="green") if stage.fits else Text("no", style="red")
-        time = "–" if stage.seconds is None else format_seconds(stage.seconds)
-        largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
-        table.add_row(stage.name, format_bytes(stage.peak_bytes), fits, time, largest)
-    console.print(table)
+    headings = ("stage", "peak", "fits", "time")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in ("peak", "time") else "left", no_wrap=True)
+    table.add_column("largest parts", overflow="fold")
+    columns = [[heading, *(str(row[place]) for row in rows)] for place, heading in enumerate(headings)]
+    taken = sum(max(map(cell_len, column)) + 2 for column in columns)
+    room = console.width - taken if has_width(console) else None
+    for stage, cells in zip(plan.stages, rows):
+        table.add_row(*cells, _largest(stage, room))
+    print_table(console, table)
     for stage in plan.stages:
         if stage.remedy:
             console.print(f"{stage.name}: {stage.remedy}", style="dim", soft_wrap=True)
@@ -39,11 +48,26 @@ def show_plan(console: Console, plan: Plan) -> None:
         _show_splits(console, plan)
 
 
+def _stage_cells(stage: StagePrediction) -> list[str | Text]:
+    fits = Text("yes", style="green") if stage.fits else Text("no", style="red")
+    time = "–" if stage.seconds is None else format_seconds(stage.seconds)
+    return [stage.name, format_bytes(stage.peak_bytes), fits, time]
+
+
+def _largest(stage: StagePrediction, room: int | None) -> str:
+    """The three largest parts, or as many of them as `room` columns hold; the first in any case."""
+    largest = sorted(stage.components.items(), key=lambda item: -item[1])[:3]
+    parts = [f"{name} {format_bytes(size)}" for name, size in largest]
+    while room is not None and len(parts) > 1 and cell_len(", ".join(parts)) > room:
+        parts.pop()
+    return ", ".join(parts)
+
+
 def _show_splits(console: Console, plan: Plan) -> None:
     """A line per way of dividing the model over several devices."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("tensor", "stages", "peak of each", "fits", "weights", "KV", "activations", "sent per token"):
-        table.add_column(heading, justify="left" if heading == "fits" else "right")
+    for heading in ("tensor", "stages", "peak of\neach", "fits", "weights", "KV", "activations", "sent per\ntoken"):
+        table.add_column(heading, justify="left" if heading == "fits" else "right", no_wrap=True)
     for split in plan.splits:
         ways = [str(split.tensor_parallel), str(split.pipeline_parallel)]
         fits = Text("yes", style="green") if split.fits else Text("no", style="red")
@@ -52,7 +76,7 @@ def _show_splits(console: Console, plan: Plan) -> None:
             continue
         parts = [format_bytes(split.components.get(part, 0)) for part in ("weights", "kv", "activations")]
         table.add_row(*ways, format_bytes(split.peak_bytes), fits, *parts, format_bytes(split.sent_bytes_per_token))
-    console.print(table)
+    print_table(console, table)
     for split in plan.splits:
         if split.reason is not None:
             console.print(f"{split.tensor_parallel} x {split.pipeline_parallel}: {split.reason}", style="dim")
@@ -75,4 +99,4 @@ def show_checks(console: Console, checks: list[Check]) -> None:
         mark = Text(check.status, style=_STATUS_STYLE.get(check.status, ""))
         table.add_row(check.group if check.group != group else "", check.name, mark, detail)
         group = check.group
-    console.print(table)
+    print_table(console, table)

@@ -7,6 +7,7 @@ from collections import Counter
 from rich.console import Console
 from rich.table import Table
 
+from burnish.cli.output import print_table
 from burnish.measure.formatting import (
     format_bytes,
     format_count,
@@ -32,7 +33,7 @@ def facts(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(name, value)
     console.print(title, style="bold")
-    console.print(table)
+    print_table(console, table)
 
 
 def _memory(peak: int, predicted: int | None) -> str:

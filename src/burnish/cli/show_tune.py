@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
+from burnish.cli.output import print_table
 from burnish.cli.show_stages import facts
 from burnish.measure.formatting import format_bytes, format_count, format_ratio, format_seconds, format_share, ratio
 from burnish.pipeline.tune import TuneRecord
@@ -107,4 +108,4 @@ def show_operators(console: Console, record: TuneRecord, *, most: int = 10) -> N
         time, share = format_seconds(operator["seconds"]), format_share(operator["share"])
         table.add_row(operator["name"], str(operator["calls"]), time, share)
     console.print(f"dearest operators of the steps in {record.trace}", style="bold")
-    console.print(table)
+    print_table(console, table)

@@ -25,8 +25,8 @@ _LARGEST_MULTIPLE = 10_000
 _LEXER_STATES = 50_000
 # Compilers that ran over their time cannot be stopped, only waited for; beyond these no further one is started.
 _MAX_OVERDUE = 2
-# Without a bound, a weak model may write spaces between two words of JSON until it runs out of tokens.
-_WHITESPACE = r"[ \n\r\t]{1,32}"
+# One style: nothing or one space after "," and ":". Free white space lets a weak model write it until its tokens end.
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 _NAMES: dict[ConstraintKind, str] = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
 
@@ -227,7 +227,7 @@ def _source(library: Any, kind: ConstraintKind, text: str) -> str:
                 got=multiple,
                 expected=f"at most {_LARGEST_MULTIPLE} (digits after the point count as well)",
             )
-    return library.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
+    return library.LLMatcher.grammar_from_json_schema(text, defaults=_JSON_STYLE)
 
 
 def _multiples(schema: Any) -> Iterator[Any]:

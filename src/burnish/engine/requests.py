@@ -52,7 +52,7 @@ class RequestFactory:
                 "the prompt is too long for the model",
                 got=f"{len(ids)} tokens",
                 expected=f"at most {self.max_model_len - 1}, as prompt and answer share {self.max_model_len}",
-                remedy="Shorten the prompt, or raise max_model_len where the model allows it.",
+                remedy="Shorten the prompt; whoever runs the engine may raise max_model_len as far as the model goes.",
             )
         if self.tokenizer is None and params.stop:
             raise RequestError("stop strings need a tokenizer, and the model folder has none")

@@ -222,7 +222,7 @@ def _check_fingerprint(ours: Mapping[str, list[float]], recorded: str, mismatch:
         difference = sum(abs(mine - other) for mine, other in zip(ours[name], theirs[name]))
         size = sum(abs(other) for other in theirs[name])
         if difference > FINGERPRINT_TOLERANCE * size:
-            raise mismatch.error(f"the weights of {name} differ")
+            raise mismatch.error(f"the weights of {name} differ, in the same shape; a merged copy is another base")
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

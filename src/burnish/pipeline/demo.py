@@ -106,6 +106,7 @@ def run_demo(
     track: str | None = None,
     progress: Progress = silent,
     say: Say = lambda text: None,
+    warn: Say | None = None,
 ) -> tuple[Path, RunRecord]:
     """Run everything; returns the run's folder and its record. The same seed gives the same scores.
 
@@ -115,6 +116,7 @@ def run_demo(
         num_rows: test questions.
         track: URI of a tracker, as `make_tracker` takes it: one run, with a run within it for each stage.
         say: called with a line whenever a stage is done.
+        warn: called with a line where tracking failed; `say` if None.
 
     Raises:
         GateError: the merged or a quantized model is not what its parent was; the run so far is on record. A variant
@@ -124,7 +126,8 @@ def run_demo(
     config = replace(TRAIN, seed=seed, max_seconds=max_seconds)
     rows = read_rows(f"{TEST_ROWS}:{num_rows}", seed=seed)
     folder, run = new_run_folder("demo", out=out), _fresh_run(seed)
-    with tracked_to(track, folder.name, {"model": MODEL, **run.settings}, folder=folder, say=say) as told:
+    settings = {"model": MODEL, **run.settings}
+    with tracked_to(track, folder.name, settings, folder=folder, say=say, warn=warn) as told:
         story = _Story(
             folder=folder,
             run=run,

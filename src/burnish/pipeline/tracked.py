@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from burnish.errors import BurnishError
+from burnish.measure.hardware import hardware_record, version_record
 from burnish.measure.json_values import to_plain
-from burnish.pipeline.manifest import MANIFEST_NAME, read_manifest
+from burnish.models.adapter_files import is_adapter_folder
+from burnish.models.loading import resolve_model
+from burnish.pipeline.manifest import MANIFEST_NAME, describe_input, read_manifest
+from burnish.pipeline.opening import Source
 from burnish.track.making import make_tracker
+from burnish.track.null import NullTracker
 from burnish.track.protocol import Tracker
 
 _LONGEST_TEXT = 500
@@ -41,6 +47,16 @@ class TrackedStage:
             self.tracker.artifact(folder / MANIFEST_NAME)
         if passed:
             self.tracker.model(folder, name=folder.resolve().name)
+
+    def inputs(self, models: Mapping[str, str | None], source: Source) -> None:
+        """The stage has read these models: the fingerprints of those that are folders on this machine by now."""
+        if isinstance(self.tracker, NullTracker):
+            return
+        for name, model in models.items():
+            if model is not None:
+                with contextlib.suppress(OSError, BurnishError):  # a run that has ended well is not spoilt
+                    described = describe_input(_folder_of(model, source), name=model)
+                    self.tracker.params(dict(flat(described, f"input.{name}.")))
 
     def record(self, record: Any) -> None:
         """The stage gives a record and no folder: its figures, and the whole of it as a file NAME.json."""
@@ -70,17 +86,25 @@ class TrackedStage:
 
 @contextmanager
 def tracked(
-    tracker: Tracker, name: str, settings: Mapping[str, Any] | None = None, *, folder: str | Path | None = None
+    tracker: Tracker,
+    name: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    folder: str | Path | None = None,
+    title: str | None = None,
 ) -> Iterator[TrackedStage]:
     """A stage as a run of its own, for the time of a block.
 
     Args:
         settings: what is known before it begins.
         folder: where it writes.
+        title: the run's name; the stage's if None.
     """
     stage = TrackedStage(tracker, name)
-    tracker.start(name)
+    tracker.start(title or name)
     tracker.params(dict(flat(to_plain({"stage": name, **(settings or {})}))))
+    machine = {"version": version_record(), "hardware": hardware_record()}
+    tracker.params(dict(flat(to_plain(machine))))
     try:
         yield stage
     except BaseException as error:
@@ -97,15 +121,29 @@ def tracked_to(
     settings: Mapping[str, Any] | None = None,
     *,
     folder: str | Path | None = None,
+    on: str | Path | None = None,
     say: Callable[[str], None],
+    warn: Callable[[str], None] | None = None,
 ) -> Iterator[TrackedStage]:
     """As `tracked`, with the tracker of a URI.
+
+    Args:
+        on: the folder or model whose name follows the stage's in the run's name.
+        say, warn: as `make_tracker`; what failed is said where there is no `warn`.
 
     Raises:
         ConfigError, MissingExtraError: as `make_tracker`.
     """
-    with tracked(make_tracker(uri, beside=folder, warn=say), name, settings, folder=folder) as stage:
+    title = None if on is None else f"{name}-{os.path.basename(os.path.abspath(on))}"
+    tracker = make_tracker(uri, beside=folder, warn=warn or say, say=say)
+    with tracked(tracker, name, settings, folder=folder, title=title) as stage:
         yield stage
+
+
+def _folder_of(model: str, source: Source) -> Path:
+    if is_adapter_folder(model):
+        return Path(model)
+    return resolve_model(model, revision=source.revision, offline=True, allow_pickle=source.allow_pickle)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from burnish.engine.memory_budget import parse_bytes
 from burnish.errors import ConfigError
+from burnish.measure.hardware import hardware_record, version_record
 from burnish.measure.json_values import to_plain
 from burnish.measure.memory import MemoryMeter
 from burnish.models.loading import save_decoder
@@ -236,9 +237,9 @@ def tune(
             trace=opened.decoder.device if profile else None,
         )
         with stop_on_signals(notify) as stop, watch:
-            watch.begin_tracking(
-                folder.name, to_plain({"model": opened.name, "data": data, "train": config, "lora": lora})
-            )
+            told = {"model": opened.name, "data": data, "train": config, "lora": lora}
+            told |= {"input": {"base": opened.as_input()}, "version": version_record(), "hardware": hardware_record()}
+            watch.begin_tracking(folder.name, to_plain(told))
             result = _train(opened, rows, config, meter, watch, checkpoints, found, stop, ranks)
             if not ranks.is_main:
                 raise SystemExit(0)

@@ -19,6 +19,7 @@ from burnish.scale.s3 import S3Writer, parse_s3
 from burnish.scale.store import JobStore
 
 FORMATS = ("jsonl", "parquet")
+_LINES = ("", ".jsonl", ".ndjson", ".txt")  # endings of JSON lines
 _ROW_GROUP = 2000
 
 
@@ -43,9 +44,14 @@ def format_of(out: str, asked: str | None) -> str:
     """The format to write, by the ending where none is asked for.
 
     Raises:
-        ConfigError: there is no such format.
+        ConfigError: there is no such format, or no known ending.
     """
-    name = asked or ("parquet" if out.endswith(".parquet") else "jsonl")
+    ending = Path(out).suffix.lower()
+    if asked is None and ending != ".parquet" and ending not in _LINES:
+        known = ".jsonl, .ndjson or .parquet"
+        remedy = "With --format jsonl, results go into a file of any name."
+        raise ConfigError(f"--out {out} has no ending that is known", expected=known, remedy=remedy)
+    name = asked or ("parquet" if ending == ".parquet" else "jsonl")
     if name not in FORMATS:
         raise ConfigError("there is no such format", got=name, expected=" or ".join(FORMATS))
     if name == "parquet":

@@ -70,10 +70,16 @@ def merged_params(job: Mapping[str, Any], own: Mapping[str, Any] | None) -> Samp
             expected=None if close else ", ".join(_PARAMS),
             remedy=f"Did you mean {close[0]}?" if close else None,
         )
+    if isinstance(bias := given.get("logit_bias"), Mapping):  # JSON's keys are texts
+        given["logit_bias"] = [(_token_id(key), value) for key, value in bias.items()]
     try:
         return SamplingParams(**given)
     except TypeError as error:  # a value of the wrong kind where a list belongs
         raise RequestError("a parameter is of the wrong kind", got=error) from error
+
+
+def _token_id(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20 else key
 
 
 def read_items(path: Path, *, name: str, rank: int = 1, as_chat: bool = False) -> Iterator[Item]:

@@ -280,6 +280,17 @@ class JobStore:
                 unpublished += 0 if row.published else row.number
         return Depth(pending=pending, running=running, unpublished=unpublished)
 
+    def unfinished(self) -> dict[str, int]:
+        """Items that wait or run, by queue; queues without any are left out."""
+        query = (
+            sql.select(items.c.queue, sql.func.count().label("number"))
+            .where(items.c.state.in_((PENDING, RUNNING)))
+            .group_by(items.c.queue)
+            .order_by(items.c.queue)
+        )
+        rows = self.database.read(lambda connection: connection.execute(query).all())
+        return {row.queue: row.number for row in rows}
+
     # Looking
 
     def job(self, job_id: str) -> Job:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import sqlalchemy as sql
 from sqlalchemy.engine import Connection
 
 from burnish.scale.database import Database
-from burnish.scale.tables import workers
+from burnish.scale.tables import RUNNING, items, workers
 
 _FORGOTTEN_S = 24 * 3600.0
 
@@ -76,3 +76,17 @@ def read_notes(database: Database, *, queue: str | None = None) -> list[WorkerNo
         )
         for row in database.read(lambda connection: connection.execute(query).all())
     ]
+
+
+def held_by(database: Database, notes: Sequence[WorkerNote]) -> dict[str, int]:
+    """Items that carry these workers' names and have no result: of a dead one, until others take them."""
+    if not notes:
+        return {}
+    query = (
+        sql.select(items.c.worker, sql.func.count().label("number"))
+        .where(items.c.queue.in_({note.queue for note in notes}), items.c.state == RUNNING)
+        .where(items.c.worker.in_([note.name for note in notes]))
+        .group_by(items.c.worker)
+    )
+    rows = database.read(lambda connection: connection.execute(query).all())
+    return {row.worker: row.number for row in rows}

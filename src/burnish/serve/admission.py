@@ -74,3 +74,8 @@ class Admission:
             return 1
         spread_s = max(time.monotonic() - self._ended_s[0], 1e-3)
         return min(_LONGEST_WAIT_S, max(1, math.ceil(needed * spread_s / len(self._ended_s))))
+
+
+def answers(count: int) -> str:
+    """ "1 answer", "2 answers"."""
+    return "1 answer" if count == 1 else f"{count} answers"

@@ -50,7 +50,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def not_valid(request: Request, error: RequestValidationError) -> Response:
-        return _reply(fault_of_validation(error.errors()))
+        return _reply(fault_of_validation(error.errors(), content_type=request.headers.get("content-type")))
 
     @app.exception_handler(HTTPException)
     async def from_framework(request: Request, error: HTTPException) -> Response:

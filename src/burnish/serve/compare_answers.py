@@ -36,7 +36,7 @@ class AnswerState:
         answering_s: from the first token to the last one.
         finish_reason: "stop" or "length".
         error: one line, where it failed.
-        kv_used_bytes: most of the cache that was seen in use meanwhile.
+        kv_used_bytes: most of the cache that was in use meanwhile: at least what this answer took, which its end tells.
         rows: what its SQL gave; None where none was run.
     """
 
@@ -223,6 +223,7 @@ async def _read(model: ComparedModel, state: AnswerState, job: Job, ticket: Tick
             if piece.finish_reason is not None:
                 # The engine's own clock, without the way here.
                 state.answering_s = piece.decode_s
+                state.kv_used_bytes = max(state.kv_used_bytes, piece.kv_bytes)
                 model.service.metrics.answered(job, answer, piece.decode_s)
         memory = model.memory()
         if memory is not None:

@@ -39,6 +39,12 @@ class ServiceGroup:
     def metrics(self) -> Metrics:
         return self.services[0].metrics
 
+    @property
+    def ready(self) -> bool:
+        """Requests are taken, and no model is still to be loaded."""
+        states = {service.engine.state for service in self.services}
+        return "ready" in states and "starting" not in states and not self.admission.draining
+
     def say(self, line: str) -> None:
         self.services[0].say(line)
 

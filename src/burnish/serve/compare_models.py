@@ -11,7 +11,7 @@ from burnish.serve.compare_prompt import Asked
 from burnish.serve.schema import Message
 from burnish.serve.service import ServedModel, Service
 
-SHORT_DIGITS = 12
+_SHORT_DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class ComparedModel:
 
     @property
     def fingerprint(self) -> str:
-        """The short form of the digest, in groups of four."""
-        return short_form(self.digest)
+        """The first digits of the model's fingerprint, as the API and manifests have it; of an adapter, its own."""
+        return self.model.fingerprint[:_SHORT_DIGITS]
 
     @property
     def state(self) -> str:
@@ -105,9 +105,3 @@ class Memory:
     @property
     def total_bytes(self) -> int:
         return self.weights_bytes + self.kv_bytes
-
-
-def short_form(digest: str) -> str:
-    """The first twelve digits in groups of four."""
-    short = digest[:SHORT_DIGITS]
-    return " ".join(short[start : start + 4] for start in range(0, len(short), 4))

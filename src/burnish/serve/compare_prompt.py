@@ -18,6 +18,7 @@ MAX_CONTEXT_CHARS = 60_000
 MAX_ANSWER_TOKENS = 4096
 # Browsers and proxies cut longer addresses off.
 MAX_LINK_CHARS = 8_000
+_MAX_STRANGE = 4
 
 # What each setting is called in a link.
 _KEYS = {
@@ -139,9 +140,14 @@ def to_query(asked: Asked) -> str:
 
 
 def from_query(query: Mapping[str, str]) -> tuple[Asked, list[str]]:
-    """What a link asks for, and one line for each part of it that is not usable; keys of others are passed over."""
-    asked, complaints = Asked(), []
+    """What a link asks for, and one line for each part of it that is not usable.
+
+    Keys that begin with utm_ or __ are other programs', and passed over.
+    """
+    asked, complaints = Asked(), list[str]()
     names = {key: name for name, key in _KEYS.items()}
+    strange = [key for key in query if key not in names and not key.startswith(("utm_", "__"))]
+    complaints += [f"The link's {key[:40]!r} is no setting of this page" for key in strange[:_MAX_STRANGE]]
     # The example first: what a link says beside it changes it.
     for key in sorted(query.keys() & names.keys(), key=lambda key: key != _KEYS["sample"]):
         name = names[key]

@@ -200,8 +200,17 @@ class EngineLoop:
                     sequence.error,
                     scored.result() if scored is not None and start == 0 else None,
                     _decode_s(sequence) if ended else 0.0,
+                    self._kv_bytes(sequence) if ended else 0,
                 )
             )
+
+    def _kv_bytes(self, sequence: Sequence) -> int:
+        """What a sequence that ended held at its most; the last token is never computed."""
+        scheduler = self.engine.scheduler
+        if scheduler.blocks is None:
+            return 0
+        chunk = min(len(sequence.prompt_ids), scheduler.max_batch_tokens)
+        return scheduler.block_bytes * scheduler.blocks.most_blocks(sequence.num_tokens - 1, chunk=chunk)
 
 
 def _has_ended(followed: _Followed) -> bool:

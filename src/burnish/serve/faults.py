@@ -12,6 +12,7 @@ from burnish.serve.admission import Busy
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _TOOLS = frozenset(("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"))
 _MAX_CHARS = 600
+_JSON = "application/json"
 
 
 class Fault(Exception):
@@ -62,18 +63,25 @@ def fault_of(error: BaseException) -> Fault:
     return Fault(500, f"an unexpected error: {type(error).__name__}")
 
 
-def fault_of_validation(errors: Sequence[Mapping[str, Any]]) -> Fault:
+def fault_of_validation(errors: Sequence[Mapping[str, Any]], *, content_type: str | None = _JSON) -> Fault:
     """A 400 that names the field that is wrong.
 
     Args:
         errors: pydantic's list. An unknown field counts first. Where a field may be of several kinds, there is an error
             for each of them, and the one that fits one of the kinds best says most.
+        content_type: what the request says its body is.
     """
     if not errors:
         return Fault(400, "the request is not valid")
+    if tuple(errors[0].get("loc", ())) == ("body",):
+        return _fault_of_body(str(errors[0].get("type")), content_type)
     unknown = [error for error in errors if error.get("type") == "extra_forbidden"]
     error = unknown[0] if unknown else max(errors, key=_telling)
     path = _path(error.get("loc", ()))
+    other = next((each for each in errors if _is_other_part(each)), None)
+    if other is not None:
+        path = _path(other["loc"][:-1])
+        return Fault(400, f"{path}: parts of a message are text; this model reads nothing else", param=path)
     if unknown:
         if path in _TOOLS:
             return Fault(400, f"{path}: this server does not call tools", param=path, code="unsupported")
@@ -82,6 +90,24 @@ def fault_of_validation(errors: Sequence[Mapping[str, Any]]) -> Fault:
         return Fault(400, "the body is not JSON", code="invalid_json")
     where = f"{path}: " if path else ""
     return Fault(400, f"{where}{error.get('msg', 'not valid')}", param=path or None)
+
+
+def _fault_of_body(kind: str, content_type: str | None) -> Fault:
+    """The body as a whole is at fault."""
+    if kind == "missing":
+        return Fault(400, "the body is empty; expected a JSON object")
+    declared = (content_type or "").partition(";")[0].strip().lower()
+    if declared == _JSON or declared.endswith("+json"):
+        return Fault(400, "the body is no JSON object")
+    # Read all the same, any page that a browser shows could ask a server on its machine: such texts are sent unasked.
+    got = declared[:80] or "no such header"
+    return Fault(400, f"the body is not declared as JSON; got {got}; expected Content-Type: {_JSON}", code="not_json")
+
+
+def _is_other_part(error: Mapping[str, Any]) -> bool:
+    """A part of a message's content that is no text, such as an image."""
+    loc = tuple(error.get("loc", ()))
+    return "messages" in loc and "content" in loc and loc[-1] == "type" and error.get("type") == "literal_error"
 
 
 def _telling(error: Mapping[str, Any]) -> tuple[bool, int]:
@@ -93,5 +119,9 @@ def _path(loc: Sequence[Any]) -> str:
     parts = [str(part) for part in loc if part != "body"]
     plain = [part for part in parts if not any(sign in part for sign in "[](),-") and part.lower() == part]
     drop = {"str", "list", "int", "float", "bool", "text", "json_object", "json_schema"}
-    kept = [part for place, part in enumerate(plain) if place == 0 or part not in drop or part == "json_schema"]
+    kept = [
+        part
+        for place, part in enumerate(plain)
+        if place == 0 or part not in drop or (part == "json_schema" and plain[place - 1] != "response_format")
+    ]
     return ".".join(kept)[:200]

@@ -83,6 +83,7 @@ class Piece(NamedTuple):
         error: why it ended, where the reason is "error".
         prompt_logprobs: on the first piece of the first answer, where they were asked for.
         decode_s: on the last piece, seconds between the first and the last token.
+        kv_bytes: on the last piece, what the answer and its prompt took of the cache at their most.
     """
 
     number: int
@@ -94,6 +95,7 @@ class Piece(NamedTuple):
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     decode_s: float = 0.0
+    kv_bytes: int = 0
 
 
 class Stats(NamedTuple):

@@ -101,7 +101,7 @@ class PageApp:
         """/health and /ready, as the API's; nothing else is here."""
         engines = {service.served.models[0].name: service.engine.state for service in self._group.services}
         states = set(engines.values())
-        good = {"/health": states != {"broken"}, "/ready": "ready" in states and not self._group.admission.draining}
+        good = {"/health": states != {"broken"}, "/ready": self._group.ready}
         record = {
             "status": "ok" if good.get(path) else "not ok",
             "engines": engines,

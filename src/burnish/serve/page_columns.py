@@ -76,7 +76,9 @@ def _column(
     return (
         f'<article class="bn-column{busy}" data-digest="{escape(model.digest)}" data-status="{state.status}">'
         f'<header><h2>{escape(model.name)}</h2><span class="bn-status">{status}</span></header>'
-        f'<p class="bn-print" title="SHA-256 of the weights: {escape(model.digest)}">{_swatch(model.digest)}'
+        f'<p class="bn-print" title="Fingerprint, as burnish.json and the API have it: '
+        f"{escape(model.model.fingerprint)}&#10;"
+        f'SHA-256 of all weights, which the colours show: {escape(model.digest)}">{_swatch(model.digest)}'
         f"<code>{escape(model.fingerprint)}</code>"
         + (f'<span class="bn-about">{about}</span>' if about else "")
         + "</p>"
@@ -126,7 +128,8 @@ def _answer(model: ComparedModel, state: AnswerState, segments: Sequence[Segment
 def _chips(state: AnswerState, beside: AnswerState | None) -> str:
     chips = []
     if state.rows is not None and state.rows.right is not None:
-        chips.append(("good", "right rows") if state.rows.right else ("bad", "wrong rows"))
+        wrong = "wrong rows" if state.rows.error is None else "does not run"
+        chips.append(("good", "right rows") if state.rows.right else ("bad", wrong))
     if beside is not None and state.status == "done" and beside.status == "done":
         if state.text == beside.text:
             chips.append(("plain", "same answer as the first"))
@@ -170,14 +173,18 @@ def _figures(state: AnswerState) -> str:
     figures = [
         ("TTFT", ttft, "Time from asking to the first token"),
         ("tokens/s", format_rate(state.tokens_per_s), "Tokens after the first one, over their time"),
-        ("tokens", f"{state.num_tokens}" if state.num_tokens else "–", "Tokens of the answer, its end token included"),
-        ("prompt", f"{state.prompt_tokens}" if state.prompt_tokens else "–", "Tokens of the prompt"),
+        ("answer tokens", _count(state.num_tokens), "Tokens of the answer, its end token included"),
+        ("prompt tokens", _count(state.prompt_tokens), "Tokens of the prompt"),
     ]
     cells = "".join(
         f'<div title="{escape(hint)}"><dd>{escape(value)}</dd><dt>{escape(name)}</dt></div>'
         for name, value, hint in figures
     )
     return f'<dl class="bn-figures">{cells}</dl>'
+
+
+def _count(tokens: int) -> str:
+    return str(tokens) if tokens else "–"
 
 
 def _memory(memory: Memory | None, state: AnswerState, largest: int) -> str:

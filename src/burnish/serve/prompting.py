@@ -14,6 +14,8 @@ from burnish.serve.templates import TemplateRenderer
 
 # Longer texts are tokenized beside the event loop; for shorter ones handing over costs more.
 _INLINE_CHARS = 8192
+# OpenAI's newer word, which chat templates do not know.
+_ROLES = {"developer": "system"}
 
 
 class Prompting:
@@ -67,7 +69,7 @@ class Prompting:
         self._needed()
         if self._renderer is None:
             raise RequestError("this model has no chat template", remedy="Use /v1/completions.")
-        plain = [{"role": message.role, "content": _text_of(message)} for message in messages]
+        plain = [{"role": _ROLES.get(message.role, message.role), "content": _text_of(message)} for message in messages]
         text = await self._renderer.render(plain, add_generation_prompt=add_generation_prompt)
         if not text:
             raise DataError("the chat template made nothing of the messages")

@@ -11,6 +11,7 @@ from typing import Any
 
 from burnish import errors
 from burnish.errors import BurnishError, ConfigError, WorkerError
+from burnish.serve.admission import answers
 from burnish.serve.ray_front import Desk, Front, FrontState, Phase
 from burnish.serve.ray_replica import FRONT, FRONT_APP, Gateway, Replica, ReplicaPlan
 
@@ -142,7 +143,7 @@ def _watch(
         time.sleep(_LOOK_S)
     _call(front, "drain")
     held = _state(front).held
-    say(f"no new requests; {held} answers may end within {grace_s:g} s. A second signal ends at once.")
+    say(f"no new requests; {answers(held)} may end within {grace_s:g} s. A second signal ends at once.")
     ends_s = time.monotonic() + grace_s
     while signals.count < 2 and time.monotonic() < ends_s:
         state = _state(front)
@@ -150,7 +151,7 @@ def _watch(
             time.sleep(_FLUSH_S)  # the last pieces are on their way through the proxy
             return 0
         time.sleep(_LOOK_S)
-    say(f"{_state(front).held} answers are cut off")
+    say(f"{answers(_state(front).held)} cut off")
     _call(front, "cut")
     time.sleep(2 * _FLUSH_S)
     return 130 if signals.count > 1 else 0

@@ -105,7 +105,9 @@ class TextPart(Body):
 
 
 class Message(Body):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="developer is another word for system."
+    )
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=limits.MAX_PARTS)]
 
 

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from burnish.errors import ConfigError, WorkerError
+from burnish.serve.admission import answers
 from burnish.serve.connections import counting, cut_off
 from burnish.serve.running import Running
 
@@ -156,7 +157,7 @@ class _Runner:
         if self._signals == 1:
             self._service.admission.draining = True
             self._service.say(
-                f"{which.name}: no new requests; {self._service.admission.held} answers may end within "
+                f"{which.name}: no new requests; {answers(self._service.admission.held)} may end within "
                 f"{self._service.settings.grace_s:g} s. A second signal ends at once."
             )
             self._drain.set()
@@ -185,7 +186,7 @@ class _Runner:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._now.wait(), _CHECK_EVERY_S)
         if self._service.admission.held:
-            self._service.say(f"{self._service.admission.held} answers are cut off")
+            self._service.say(f"{answers(self._service.admission.held)} cut off")
             self._service.engine.fail_all(WorkerError("the server is shutting down"))
             await asyncio.sleep(_CHECK_EVERY_S)
         self._server.should_exit = True

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.track.destination import Destination
-from burnish.track.mlflow_api import Mlflow, is_gone, is_refusal
+from burnish.track.mlflow_api import Mlflow, in_words, is_gone, is_refusal
 from burnish.track.registering import deliver_model
 from burnish.track.spool import (
     EVENTS_NAME,
@@ -100,7 +100,7 @@ class Delivery:
                 self.state.runs, self.state.experiment_id, self.state.offset = {}, None, 0
                 self._offset, self._replays = 0, True
             self.state.failures += 1
-            self.state.error = " ".join(str(error).split())[:300] or type(error).__name__
+            self.state.error = in_words(error)
             self._client = None
             self._save()
             raise

@@ -23,7 +23,11 @@ _EXPECTED = "none, a path that ends in .jsonl, jsonl:PATH, wandb://PROJECT[/RUN]
 
 
 def make_tracker(
-    uri: str | None, *, beside: str | Path | None = None, warn: Callable[[str], None] | None = None
+    uri: str | None,
+    *,
+    beside: str | Path | None = None,
+    warn: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Tracker:
     """The tracker of a URI, guarded so that its failures never reach the run.
 
@@ -31,7 +35,8 @@ def make_tracker(
         uri: None, "" or "none" for no tracking; `jsonl:PATH`, `file://PATH` or a path that ends in `.jsonl`;
             `wandb://PROJECT` or `wandb://PROJECT/RUN`; for MLflow see `destination.parse_destination`.
         beside: what the run writes, beside which a tracker keeps what it could not send yet.
-        warn: takes the one line that says tracking failed; a Python warning by default.
+        warn: takes the lines that say what failed; a Python warning by default.
+        say: takes the line that says where the run is to be seen; `warn` by default.
 
     Raises:
         ConfigError: the URI is of no kind that is known here. That is a mistake in the command, so it is not held back.
@@ -41,7 +46,8 @@ def make_tracker(
         return NullTracker()
     if is_mlflow(uri):
         place = None if beside is None else Path(beside)
-        tracker = MlflowTracker(parse_destination(uri), beside=place, say=warn or _warn)
+        warn = warn or _warn
+        tracker = MlflowTracker(parse_destination(uri), beside=place, warn=warn, say=say or warn)
         return GuardedTracker(tracker, warn=warn)
     if uri.startswith("wandb:"):
         return GuardedTracker(_wandb_tracker(uri), warn=warn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,12 @@ _ENVIRONMENT = {
 }
 _CONNECT_S = 5
 _NOISY = ("mlflow", "alembic", "sqlalchemy", "urllib3")
+_REASONS = (
+    (("connection refused",), "connection refused"),
+    (("failed to resolve", "name or service not known", "name resolution"), "no host of this name is known"),
+    (("connecttimeout", "connect timeout", "read timed out", "timed out"), "no answer in time"),
+    (("connection aborted", "connection reset", "remotedisconnected"), "the connection broke"),
+)
 
 
 class Mlflow:
@@ -143,6 +150,15 @@ def is_refusal(error: BaseException) -> bool:
 def is_gone(error: BaseException) -> bool:
     """What was there before is not there."""
     return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+
+
+def in_words(error: BaseException) -> str:
+    """Why a place did not take something, in a line for people; what is not known is told as MLflow said it."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    for signs, words in _REASONS:
+        if any(sign in said.lower() for sign in signs):
+            return words
+    return textwrap.shorten(said, 300, placeholder=" ...")
 
 
 def _probe(destination: Destination) -> None:

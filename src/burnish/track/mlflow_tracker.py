@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import subprocess
 import sys
 import threading
@@ -50,13 +51,21 @@ class MlflowTracker:
         destination: where it is mirrored to.
         beside: what the run writes; the spool is beside it, in `NAME.track/`. None takes the folder of runs
             (BURNISH_RUNS, else `runs`).
-        say: takes lines for people: that the server does not answer, what could not be sent, where the run is.
+        warn: takes lines for people: that the server does not answer, what could not be sent.
+        say: takes the line that tells where the run is.
 
     Raises:
         MissingExtraError: MLflow is not installed.
     """
 
-    def __init__(self, destination: Destination, *, beside: Path | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        destination: Destination,
+        *,
+        beside: Path | None,
+        warn: Callable[[str], None],
+        say: Callable[[str], None],
+    ) -> None:
         if importlib.util.find_spec("mlflow") is None:
             raise MissingExtraError("mlflow is not installed", remedy="Install it with: pip install 'burnish[track]'")
         if destination.driver and importlib.util.find_spec(destination.driver) is None:
@@ -64,7 +73,7 @@ class MlflowTracker:
             raise MissingExtraError(f"{destination.driver} is not installed", remedy=remedy)
         self.destination = destination
         self.spool: Path | None = None
-        self._beside, self._say = beside, say
+        self._beside, self._warn, self._say = beside, warn, say
         self._runs: dict[str, _Run] = {}
         self._root: _Run | None = None
         self._writer: SpoolWriter | None = None
@@ -98,7 +107,7 @@ class MlflowTracker:
         """As `_Run.metrics`; says once where the server does not answer."""
         self._whole.metrics(metrics, step=step)
         if self._watch is not None and (news := self._watch.news()):
-            self._say(f"tracking: {news}; the run goes on, and what it has to say waits in {self.spool}")
+            self._warn(f"tracking: {news}; the run goes on, and what it has to say waits in {self.spool}")
 
     def artifact(self, path: Path) -> None:
         """As `_Run.artifact`."""
@@ -218,15 +227,23 @@ class MlflowTracker:
         if left:
             waiting = sum(1 for _ in read_events(self.spool, state.offset, most=left))
             why = f" ({state.error})" if state.error else ""
-            self._say(
+            self._warn(
                 f"tracking: {waiting} entries are still to be sent to {self.destination.shown}{why}; "
                 f"send them with: burnish track replay {self.spool}"
             )
         for line in state.refused[:3]:
-            self._say(f"tracking: {self.destination.shown} refused {line}")
+            self._warn(f"tracking: {self.destination.shown} refused {line}")
         run_id = state.runs.get("run")
-        if run_id and state.experiment_id and (url := self.destination.url_of(state.experiment_id, run_id)):
-            self._say(f"tracked: {url}")
+        if run_id and state.experiment_id:
+            self._say(f"tracked: {self._to_be_seen(state.experiment_id, run_id)}")
+
+    def _to_be_seen(self, experiment_id: str, run_id: str) -> str:
+        """The page of a server; of a database the run, and how to look at it."""
+        place = self.destination
+        if url := place.url_of(experiment_id, run_id):
+            return url
+        command = f"mlflow server --backend-store-uri {shlex.quote(place.shown)}"
+        return f"run {run_id} of experiment {place.experiment} in {place.shown}; look at it with: {command}"
 
 
 class _Run:

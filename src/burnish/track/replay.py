@@ -9,6 +9,7 @@ from pathlib import Path
 from burnish.errors import BurnishError, ConfigError
 from burnish.track.delivery import Delivery
 from burnish.track.destination import Destination, parse_destination
+from burnish.track.mlflow_api import in_words
 from burnish.track.spool import find_spools, first_event, hold
 
 _PATIENCE_S = 10.0
@@ -83,7 +84,9 @@ def _replay(spool: Path, destination: Destination) -> Replayed:
             if isinstance(error, BurnishError):
                 raise
             raise BurnishError(
-                f"{destination.shown} does not take {spool}", got=error, remedy="Replay it again when it does."
+                f"{destination.shown} does not take {spool}",
+                got=in_words(error),
+                remedy="Replay it again when it does.",
             ) from error
     run_id, experiment_id = delivery.state.runs.get("run"), delivery.state.experiment_id
     return Replayed(
