@@ -81,9 +81,21 @@ def test_inference_grows_with_concurrency_and_without_cache_shrinks() -> None:
         predict_stage(config, "inference", device="a100-80g", options=PlanOptions(concurrency=count)).components["kv"]
         for count in (8, 9, 16)
     ]
-    assert sizes[1] == sizes[2] == 2 * sizes[0]
+    assert sizes[1] * 8 == sizes[0] * 9
+    assert sizes[2] == 2 * sizes[0]
     bare = predict_stage(config, "inference", device="a100-80g", options=PlanOptions(kv_cache=False))
     assert "kv" not in bare.components
+
+
+def test_a_cpu_holds_a_tied_output_layer_beside_the_embeddings() -> None:
+    config = shape("135m")
+    assert config.tie_word_embeddings
+    parts = predict_stage(
+        config, "inference", device=laptop(bfloat16=True), options=PlanOptions(dtype="bfloat16")
+    ).components
+    assert parts["output layer"] == 2 * config.vocab_size * config.hidden_size
+    assert "output layer" not in predict_stage(shape("tinyllama-1.1b"), "inference", device=laptop()).components
+    assert "output layer" not in predict_stage(config, "inference", device="t4").components
 
 
 def test_full_training_holds_sixteen_bytes_per_parameter_before_activations() -> None:

@@ -16,7 +16,7 @@ RUNTIME_CUDA = 550 * MIB
 
 FIRST_USE_CPU = {
     "load": 4 * MIB,
-    "generate": 25 * MIB,
+    "generate": 39 * MIB,
     "train": 30 * MIB,
     "quantize": 80 * MIB,
     "merge": 50 * MIB,
@@ -34,6 +34,9 @@ ALLOCATOR_LIMIT = 512 * MIB
 
 FREED_SHARE = 0.6
 """What the heap keeps of dense weights that are freed one by one while packed ones take their place, in their units."""
+
+LAYOUT_SHARE, LAYOUT_LIMIT = 0.7, 128 * MIB
+"""What laying out the weights for the kernels leaves in the heap: of the output layer in float32, and at most."""
 
 WRITTEN_SHARE = 0.25
 """What the heap keeps of a merged model that was written and read back, in units of its float32 weights."""

@@ -29,7 +29,7 @@ from burnish.plan.weights import (
 
 SMALL_PARAMETERS = 100_000_000
 LARGE_PARAMETERS = 1_000_000_000
-KV_LENGTH_STEP = 64  # the cache grows in steps of so many tokens
+KV_BLOCK = 16  # tokens of a block of the cache
 
 
 def load_dtype(config: ModelConfig, device: Device, options: PlanOptions, stored_dtype: str | None) -> str:
@@ -64,17 +64,25 @@ def predict_load(config: ModelConfig, device: Device, options: PlanOptions, dtyp
 def predict_inference(config: ModelConfig, device: Device, options: PlanOptions, dtype: str) -> Components:
     """Weights + keys and values of all sequences + the widest step's activations + logits.
 
-    KV: slots x tokens per sequence (rounded up to 64) x 2 x layers x K E x bytes; slots are the next power of two.
-    Activations: the larger of one prefill step and one decode step. Logits: one row of V per sequence, twice.
+    Weights: on a CPU as the compiled kernels hold them, a tied output layer beside the embeddings. KV: sequences x
+    tokens (in whole blocks) x 2 x layers x K E x bytes. Activations: the larger of one prefill step and one decode
+    step. Logits: one row of V per sequence, twice. Laying out, on a CPU: dense tensors that wait for it.
     """
     size = DTYPE_BYTES[dtype]
     parts = _start(device, "generate")
-    parts["weights"] = _weights(config, options.weight_format or dtype, options)
+    weight_format = options.weight_format or dtype
+    parts["weights"] = _weights(config, weight_format, options)
+    if device.kind == "cpu":
+        head = config.vocab_size * config.hidden_size
+        if weight_format in ("int8", "int4"):
+            parts["weights"] = weight_bytes(config, weight_format, group_size=options.group_size, rest_bytes=size).total
+        if config.tie_word_embeddings:
+            parts["output layer"] = size * head
+        parts["laying out"] = min(overheads.LAYOUT_LIMIT, int(overheads.LAYOUT_SHARE * 4 * head))
     tokens = options.input_tokens + options.output_tokens
     if options.kv_cache:
-        slots = 1 << (options.concurrency - 1).bit_length()
-        stored = -(-tokens // KV_LENGTH_STEP) * KV_LENGTH_STEP
-        parts["kv"] = slots * kv_bytes(config, tokens=stored, bytes_per_element=size)
+        stored = -(-tokens // KV_BLOCK) * KV_BLOCK
+        parts["kv"] = options.concurrency * kv_bytes(config, tokens=stored, bytes_per_element=size)
     together = max(options.concurrency, min(options.max_batch_tokens, options.concurrency * options.input_tokens))
     parts["activations"] = working_set(config, tokens=together, dtype_bytes=size, gradients=False)
     parts["logits"] = 2 * options.concurrency * config.vocab_size * size
