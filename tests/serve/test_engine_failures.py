@@ -17,7 +17,8 @@ from serving_process import events_of
 
 from burnish.errors import CheckpointError, WorkerError
 
-STREAM = {**BODY, "stream": True}
+LONG = {**BODY, "max_tokens": 900}  # still there when the last one arrives, also on a busy machine
+STREAM = {**LONG, "stream": True}
 
 
 async def answers(client: httpx.AsyncClient) -> str:
@@ -37,8 +38,8 @@ def test_streams_get_an_error_event_and_later_requests_their_answers(make: Any, 
             expected = await answers(client)
             streams = [asyncio.create_task(client.post("/v1/completions", json=STREAM)) for _ in range(3)]
             await until(lambda: service.engine.stats is not None and service.engine.stats.running == 3)
-            whole = asyncio.create_task(client.post("/v1/completions", json=BODY))
-            await until(lambda: service.admission.held == 4)
+            whole = asyncio.create_task(client.post("/v1/completions", json=LONG))
+            await until(lambda: service.engine.stats is not None and service.engine.stats.running == 4)
             mark.touch()
             for stream in streams:
                 events = events_of((await stream).text)
