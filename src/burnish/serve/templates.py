@@ -26,6 +26,7 @@ class TemplateRenderer:
         self._timeout_s = timeout_s
         self._turn = asyncio.Lock()
         self._child: Child | None = None
+        self._reaping: asyncio.Future[None] | None = None
         self._listens = asyncio.Event()
         self._waiter: asyncio.Future[tuple[str | None, str | None]] | None = None
         self._number = 0
@@ -77,6 +78,8 @@ class TemplateRenderer:
         """End the process."""
         async with self._turn:
             await self._end()
+            if self._reaping is not None:
+                await self._reaping  # of one that died by itself
 
     async def _started(self) -> Child:
         child = self._child
